@@ -1,0 +1,188 @@
+"""Where a run stands, as text and as JSON: what it wrote so far, read without holding it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import JsonValue
+
+from limbeck.cli.edge import printable
+from limbeck.ledger.store import Ledger
+from limbeck.records import Entry, Score
+from limbeck.run import STAGES
+from limbeck.rundir import RunDir
+
+
+class StageState(NamedTuple):
+    """One stage: its latest entry, or none."""
+
+    stage: str
+    done: bool
+    started: str | None
+    finished: str | None
+    """ISO 8601, UTC."""
+    seconds: float | None
+    facts: dict[str, JsonValue]
+
+
+class Share(NamedTuple):
+    """How much of what the student learns from one teacher wrote, held-out examples left out."""
+
+    teacher: str
+    examples: int
+    supervised_tokens: int
+    share: float
+    """Of all supervised tokens."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a run has come to so far."""
+
+    run: str
+    name: str
+    stages: tuple[StageState, ...]
+    scores: tuple[Score, ...]
+    shares: tuple[Share, ...]
+    student: str | None
+    report: str | None
+
+    def to_json(self) -> str:
+        """All of it as JSON text."""
+        values = asdict(self) | {
+            "stages": [stage._asdict() for stage in self.stages],
+            "scores": [score.model_dump(mode="json") for score in self.scores],
+            "shares": [share._asdict() for share in self.shares],
+        }
+        return json.dumps(values, ensure_ascii=False, indent=2)
+
+
+def standing(root: str | os.PathLike[str]) -> Standing:
+    """Read where a run stands.
+
+    Raises:
+        RunDirError: not a RUN directory.
+        VerificationError: its ledger was changed after it was written.
+
+    """
+    from limbeck.run import open_result
+
+    run = RunDir(root)
+    name = run.recipe().name
+    entries: list[Entry] = []
+    if (run / "ledger.db").exists():
+        with Ledger(run / "ledger.db", read_only=True) as ledger:
+            entries = ledger.entries()
+    latest = {entry.stage: entry for entry in entries}
+    result = open_result(run.root)
+    return Standing(
+        run=os.fspath(root),
+        name=name,
+        stages=tuple(_state(stage.name, latest.get(stage.name)) for stage in STAGES),
+        scores=result.scores if "evaluate" in latest else (),
+        shares=_shares(run) if "render" in latest else (),
+        student=_if_done("train", latest, result.student),
+        report=_if_done("report", latest, result.report),
+    )
+
+
+def _shares(run: RunDir) -> tuple[Share, ...]:
+    """Counted from the examples themselves, not from what a stage said about them."""
+    from limbeck.render.examples import read_examples
+
+    if not (run / "examples").is_dir():
+        return ()
+    rows: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    for example in read_examples(run / "examples").train:
+        rows[example.teacher] += 1
+        tokens[example.teacher] += example.supervised
+    total = tokens.total()
+    return tuple(
+        Share(teacher, rows[teacher], tokens[teacher], tokens[teacher] / total if total else 0.0)
+        for teacher in sorted(tokens, key=lambda name: (-tokens[name], name))
+    )
+
+
+def _if_done(stage: str, latest: Mapping[str, Entry], path: Path) -> str | None:
+    return os.fspath(path) if stage in latest and path.exists() else None
+
+
+def _state(stage: str, entry: Entry | None) -> StageState:
+    if entry is None:
+        return StageState(stage, False, None, None, None, {})
+    seconds = (entry.finished - entry.started).total_seconds()
+    return StageState(stage, True, entry.started.isoformat(), entry.finished.isoformat(), seconds, entry.facts)
+
+
+def as_text(result: Standing, *, facts: bool) -> str:
+    """For a person at a terminal."""
+    parts = [f"{result.name}   {result.run}", _table([_stage_row(stage) for stage in result.stages])]
+    if facts:
+        rows = [row for stage in result.stages for row in _fact_rows(stage)]
+        parts += [_table(rows)] if rows else []
+    if result.shares:
+        parts.append(
+            _table(
+                [
+                    ("teacher", "examples", "supervised tokens", "share"),
+                    *(
+                        (s.teacher, f"{s.examples:,}", f"{s.supervised_tokens:,}", f"{100 * s.share:.1f} %")
+                        for s in result.shares
+                    ),
+                ]
+            )
+        )
+    if result.scores:
+        parts.append(
+            _table([("score", "subject", "value", "95 % interval", "n", "unit"), *map(_score_row, result.scores)])
+        )
+    places = [(word, path) for word, path in (("student", result.student), ("report", result.report)) if path]
+    if places:
+        parts.append(_table(places))
+    return printable("\n\n".join(parts))
+
+
+def _stage_row(state: StageState) -> tuple[str, ...]:
+    if not state.done or state.finished is None:
+        return (state.stage, "not done yet")
+    return (state.stage, f"done {state.finished[:19].replace('T', ' ')}Z", f"{state.seconds:,.1f} s")
+
+
+def _fact_rows(state: StageState) -> list[tuple[str, ...]]:
+    """Facts a line can hold; the rest, and the digest of every file, is in the JSON."""
+    told = [(key, _brief(value)) for key, value in sorted(state.facts.items()) if key != "manifests"]
+    return [(state.stage if not place else "", key, text) for place, (key, text) in enumerate(told)]
+
+
+def _brief(value: JsonValue) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = " ".join(text.split())
+    return text if len(text) <= 100 else f"{text[:80]} ... ({len(text)} characters; --json shows all)"
+
+
+def _score_row(score: Score) -> tuple[str, ...]:
+    if score.value is None:
+        return (score.name, score.subject, "not scored", score.unscored or "", str(score.n), score.unit)
+    interval = "" if score.low is None or score.high is None else f"{score.low:.4g} to {score.high:.4g}"
+    return (score.name, score.subject, f"{score.value:.4g}", interval, str(score.n), score.unit)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns."""
+    widths: dict[int, int] = {}
+    for row in rows:
+        for place, cell in enumerate(row[:-1]):
+            widths[place] = max(widths.get(place, 0), len(cell))
+    return "\n".join(
+        "  ".join([*(cell.ljust(widths[place]) for place, cell in enumerate(row[:-1])), row[-1]]).rstrip()
+        for row in rows
+    )

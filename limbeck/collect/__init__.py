@@ -1,0 +1,12 @@
+"""Prompts and the teacher's answers, journaled before anyone parses them.
+
+files        JSONL, Parquet and CSV files to chat messages, every wrong row named
+rows         one row of them: its messages, or what is wrong with it
+self_prompt  prompts the teacher writes itself
+split        which prompts are held out
+prompts      the stage `prompts`: all sources to prompts.parquet
+teachers     the one seam: what a teacher is, whoever runs it
+local        a teacher run here by transformers
+journal      requests and raw answers, kept through a kill or a power cut
+collect      the stage `collect`: every prompt, teacher and sample to completions.parquet
+"""

@@ -1,0 +1,146 @@
+"""The stage `prompts`: all sources of a recipe to prompts.parquet.
+
+Equal prompts are kept once, from the first source that has them. Files are read twice, once for what is in
+them and once for what is written, so that memory holds an id a prompt and not the prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from pydantic import JsonValue
+
+from limbeck.collect.files import FileRow, iter_file_prompts
+from limbeck.collect.journal import Journal
+from limbeck.collect.split import hold_out
+from limbeck.errors import Problem, PromptError
+from limbeck.recipe import FilePrompts, Recipe, SelfPrompt
+from limbeck.records import Digest, Message, Prompt, Split
+from limbeck.rundir import RunDir
+from limbeck.tables import write_records
+
+__all__ = ["FileRow", "gather", "iter_file_prompts"]
+
+
+@dataclass
+class _Gathered:
+    """One source and what was taken from it."""
+
+    source: FilePrompts | SelfPrompt
+    name: str
+    licence: str
+    writer: str | None = None
+    written: Sequence[tuple[Message, ...]] = ()
+    """The prompts of a source that is no file."""
+    rows: int = 0
+    kept: int = 0
+    facts: dict[str, JsonValue] = field(default_factory=dict)
+
+    def read(self) -> Iterator[tuple[Digest, tuple[Message, ...]]]:
+        if isinstance(self.source, FilePrompts):
+            yield from ((row.id, row.messages) for row in iter_file_prompts(self.source))
+        else:
+            yield from ((Prompt.id_of(messages), messages) for messages in self.written)
+
+    def take(self, known: set[Digest]) -> None:
+        """Add the ids that are not known yet."""
+        for prompt_id, _ in self.read():
+            self.rows += 1
+            if prompt_id not in known:
+                known.add(prompt_id)
+                self.kept += 1
+
+    def summary(self) -> dict[str, JsonValue]:
+        return {
+            "source": self.name,
+            "licence": self.licence,
+            "rows": self.rows,
+            "kept": self.kept,
+            "duplicates": self.rows - self.kept,
+            **self.facts,
+        }
+
+
+def gather(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
+    """Write prompts.parquet: the prompts of all sources in the recipe's order, each once, split by
+    content.
+
+    Raises `PromptError` with every wrong row, `ModelError` where the chat template has no user's turn to
+    write, `InputError` where too few prompts come together to train and to evaluate, or where too few of
+    those that the teacher writes are of use.
+    """
+    known: set[Digest] = set()
+    gathered = []
+    for source in recipe.prompts:
+        if isinstance(source, FilePrompts):
+            part = _Gathered(source, source.path, source.licence)
+        else:
+            number = sum(isinstance(before.source, SelfPrompt) for before in gathered)
+            part = _self_prompted(recipe, source, number, known, run)
+        part.take(known)
+        gathered.append(part)
+    held_out = hold_out(known, recipe.evaluate.held_out)
+    count = write_records(run / "prompts.parquet", _prompts(gathered, known, held_out), Prompt)
+    return {
+        "prompts": count,
+        "train": count - len(held_out),
+        "held_out": len(held_out),
+        "duplicates": sum(part.rows - part.kept for part in gathered),
+        "sources": [part.summary() for part in gathered],
+    }
+
+
+def _prompts(gathered: Sequence[_Gathered], open_ids: set[Digest], held_out: frozenset[Digest]) -> Iterator[Prompt]:
+    """Each prompt at its first place; empties `open_ids`. Raises `PromptError` where a file is no longer
+    what it was.
+    """
+    for part in gathered:
+        rows = 0
+        for prompt_id, messages in part.read():
+            rows += 1
+            if prompt_id not in open_ids:
+                continue
+            open_ids.remove(prompt_id)
+            yield Prompt(
+                id=prompt_id,
+                messages=messages,
+                source=part.name,
+                licence=part.licence,
+                split=Split.HELD_OUT if prompt_id in held_out else Split.TRAIN,
+                writer=part.writer,
+            )
+        if rows != part.rows:
+            raise _changed(part.name, f"{rows} rows", f"{part.rows} rows, as a moment before")
+    if open_ids:
+        raise _changed("prompts", f"{len(open_ids)} prompts gone", "the prompts of a moment before")
+
+
+def _changed(where: str, found: str, expected: str) -> PromptError:
+    remedy = "leave the file alone while it is read, and run the same command again"
+    return PromptError("prompts changed while they were read", [Problem(where, found, expected, remedy)])
+
+
+def _self_prompted(
+    recipe: Recipe, source: SelfPrompt, number: int, known: Collection[Digest], run: RunDir
+) -> _Gathered:
+    """The prompts that the first teacher writes; `number` counts such sources from 0."""
+    # torch and transformers, which files of prompts do not need
+    from limbeck.collect.local import LocalTeacher
+    from limbeck.collect.self_prompt import write_prompts
+
+    teacher = LocalTeacher(recipe.teachers[0], recipe.collect, recipe.seed)
+    with (
+        Journal(run / "journal.db") as journal,
+        run.progress.line("prompts", source.count, "prompts") as line,
+    ):
+        written = write_prompts(teacher, source, number, recipe.collect.concurrency, known, journal, line)
+    name = teacher.identity.name
+    facts: dict[str, JsonValue] = {
+        "writer": name,
+        "weights": teacher.identity.weights,
+        "candidates": written.candidates,
+        "candidate_tokens": written.tokens,
+        "dropped": dict(sorted(written.dropped.items())),
+    }
+    return _Gathered(source, f"self-prompt:{name}", teacher.licence, name, written.prompts, facts=facts)

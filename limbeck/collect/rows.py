@@ -1,0 +1,128 @@
+"""One row of a prompt file to chat messages, or what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import NamedTuple, get_args
+
+from pydantic import JsonValue
+
+from limbeck.records import Message
+
+_ROLES = get_args(Message.model_fields["role"].annotation)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Wrong(NamedTuple):
+    """What is wrong with a row: the last three fields of a `Problem`."""
+
+    found: str
+    expected: str
+    remedy: str
+
+
+def shown(value: object, limit: int = 72) -> str:
+    """A value for an error message: in one line, what does not print escaped, no longer than `limit`
+    characters.
+    """
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def messages_of(row: dict[str, JsonValue], column: str | None) -> tuple[Message, ...] | Wrong:
+    """The messages of a row: from the named column, or from `messages` or `prompt`, whichever it has."""
+    names = [column] if column else ["messages", "prompt"]
+    there = [name for name in names if row.get(name) not in (None, "")]
+    if not there:
+        empty = [name for name in names if name in row]
+        found = f"{empty[0]}: {shown(row[empty[0]]) or 'empty'}" if empty else f"keys {shown(', '.join(row) or 'none')}"
+        return Wrong(found, f"{' or '.join(names)} with a prompt in it", "fill it in, or remove the row")
+    if len(there) > 1:
+        return Wrong(
+            "both messages and prompt",
+            "one of them",
+            "name the one to use with `column:`, or remove the other",
+        )
+    name, value = there[0], row[there[0]]
+    if isinstance(value, str) and name == "messages":
+        value = _from_json(value)
+    if isinstance(value, Wrong):
+        return value
+    if isinstance(value, str):
+        asked: JsonValue = {"role": "user", "content": value}
+        value = [asked]
+    if not isinstance(value, list):
+        return Wrong(f"{name}: {shown(value)}", "text, or a list of messages", "write the prompt as text in quotes")
+    return _chat(name, value)
+
+
+def _from_json(text: str) -> list[JsonValue] | Wrong:
+    """A list of messages that a table holds as JSON text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, list):
+        return value
+    return Wrong(
+        f"messages: {shown(text)}",
+        "a list of messages, or one as JSON text",
+        "name a column of plain text with `column:`",
+    )
+
+
+def _chat(name: str, value: Sequence[JsonValue]) -> tuple[Message, ...] | Wrong:
+    messages = []
+    for index, item in enumerate(value):
+        message = _message(f"{name}[{index}]", item)
+        if isinstance(message, Wrong):
+            return message
+        messages.append(message)
+    if not messages or messages[-1].role != "user":
+        last = f"{name} ends with a message of {messages[-1].role}" if messages else f"{name}: []"
+        return Wrong(
+            last,
+            "a last message of the user, for the teacher to answer",
+            "remove what follows the user's message",
+        )
+    if not messages[-1].content.strip():
+        return Wrong(
+            f"{name}: the user's message is {shown(messages[-1].content) or 'empty'}",
+            "some text",
+            "fill it in, or remove the row",
+        )
+    return tuple(messages)
+
+
+def _message(where: str, item: JsonValue) -> Message | Wrong:
+    expected = '{"role": "user", "content": "..."}'
+    if not isinstance(item, dict):
+        return Wrong(f"{where}: {shown(item)}", expected, "write each message as an object")
+    more = sorted(key for key, value in item.items() if key not in ("role", "content") and value is not None)
+    if more:
+        return Wrong(f"{where} has {shown(', '.join(more))} too", "role and content only", "remove the other keys")
+    role, content = item.get("role"), item.get("content")
+    if role not in _ROLES:
+        return Wrong(f"{where}.role: {shown(role)}", f"one of {', '.join(_ROLES)}", "correct the role")
+    if not isinstance(content, str):
+        return Wrong(f"{where}.content: {shown(content)}", "text", "write the content as text in quotes")
+    if lone := not_utf8(content):
+        remedy = "replace it, or remove the row"
+        return Wrong(f"{where}.content: {lone}: {shown(content)}", "text that UTF-8 can hold", remedy)
+    return Message.model_validate({"role": role, "content": content})
+
+
+def not_utf8(text: str) -> str | None:
+    """The first thing in a text that UTF-8 cannot hold, in words; None where there is none.
+
+    A byte that was not UTF-8 and went through decoding with `surrogateescape` is told as that byte.
+    """
+    lone = _SURROGATE.search(text)
+    if lone is None:
+        return None
+    code = ord(lone[0])
+    byte = 0xDC80 <= code <= 0xDCFF
+    return f"the byte 0x{code - 0xDC00:02x}, which is not UTF-8" if byte else f"half of a character, \\u{code:04x}"

@@ -1,0 +1,8 @@
+"""Completion -> Verdict: which answers are kept, and why the others were dropped.
+
+The room:
+
+    curate    folds the filters over the completions and writes one verdict for each
+    filters   the filters, and the one tuple that lists them
+    loops     finds answers that repeat the same words over and over
+"""

@@ -1,0 +1,183 @@
+"""What this machine can do, and what to install for the rest. Asks no network."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import NamedTuple
+
+_REQUIREMENT = re.compile(r"^([A-Za-z0-9._-]+)[^;]*?(?:>=([0-9.]+))?[^;]*;.*extra == ['\"]([A-Za-z0-9_-]+)['\"]")
+
+
+class Package(NamedTuple):
+    """A package that an extra asks for."""
+
+    name: str
+    installed: str | None
+    at_least: str
+
+    @property
+    def good(self) -> bool:
+        """Installed, and no older than what is asked for."""
+        return self.installed is not None and _release(self.installed) >= _release(self.at_least)
+
+
+class Extra(NamedTuple):
+    """One extra of limbeck."""
+
+    name: str
+    packages: tuple[Package, ...]
+
+    @property
+    def remedy(self) -> str:
+        """The command that installs it."""
+        return f"pip install 'limbeck[{self.name}]'"
+
+
+class Finding(NamedTuple):
+    """One thing about this machine; `remedy` is empty where nothing is to be done."""
+
+    name: str
+    value: str
+    remedy: str = ""
+
+
+def extras() -> list[Extra]:
+    """The extras that the installed limbeck declares, with what is there of each."""
+    try:
+        declared = requires("limbeck") or []
+    except PackageNotFoundError:
+        declared = []
+    packages: dict[str, list[Package]] = {}
+    for line in declared:
+        if match := _REQUIREMENT.match(line):
+            name, at_least, extra = match.groups()
+            packages.setdefault(extra, []).append(
+                Package(name.lower().replace("_", "-"), _installed(name), at_least or "0")
+            )
+    return [Extra(name, tuple(found)) for name, found in packages.items()]
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _release(text: str) -> tuple[int, ...]:
+    """The numbers of a version up to the first part that is none (PEP 440's release segment)."""
+    match = re.match(r"\d+(?:\.\d+)*", text)
+    numbers = [int(part) for part in match.group().split(".")] if match else []
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def examine() -> list[Finding]:
+    """Everything that decides what this machine can do."""
+    return [*_software(), *_machine(), *_places(), *_extras()]
+
+
+def as_text(findings: list[Finding]) -> str:
+    """For a person: aligned, with what to do below what lacks."""
+    width = max(len(finding.name) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.name:<{width}}  {finding.value}")
+        if finding.remedy:
+            lines.append(f"{'':<{width}}  -> {finding.remedy}")
+    return "\n".join(lines)
+
+
+def to_json(findings: list[Finding]) -> str:
+    """The findings as a JSON list."""
+    return json.dumps([finding._asdict() for finding in findings], ensure_ascii=False, indent=2)
+
+
+def _software() -> list[Finding]:
+    from limbeck.ledger.code import code_version
+
+    code = code_version()
+    commit = f" at commit {code.commit[:12]}" if code.commit else ""
+    return [
+        Finding("limbeck", f"{code.limbeck}{commit}{', with uncommitted changes' if code.dirty else ''}"),
+        Finding("Python", f"{platform.python_version()} ({sys.executable})"),
+        Finding("system", f"{platform.system()} {platform.release()}"),
+    ]
+
+
+def _machine() -> list[Finding]:
+    return [*_processor(), Finding("memory", f"{_gib(_memory_bytes())} GiB")]
+
+
+def _processor() -> list[Finding]:
+    """What torch would compute on, by its own word."""
+    from limbeck.models.processor import processor
+
+    try:
+        found = processor()
+    except ImportError:
+        name = platform.processor() or platform.machine()
+        return [Finding("processor", f"{name}; torch is not installed, so nothing can be trained here")]
+    instructions = f" ({', '.join(found.instructions)})" if found.instructions else ""
+    return [
+        Finding("processor", f"{found.device}: {found.name}"),
+        Finding("cores", str(found.cores)),
+        Finding(
+            "bf16 in hardware",
+            f"yes{instructions}" if found.bf16 else "no: precision auto computes in float32",
+        ),
+    ]
+
+
+def _memory_bytes() -> int:
+    """What there is, or what the container may use of it."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(path).read_text(encoding="ascii")))
+        except (OSError, ValueError):
+            continue
+    return min(limits)
+
+
+def _places() -> list[Finding]:
+    """Where models are cached, and the room there and here."""
+    from limbeck.models.cache import cache_root
+
+    here, cache = Path.cwd(), cache_root()
+    found = [Finding("free disk here", f"{_gib(shutil.disk_usage(here).free)} GiB under {here}")]
+    if not cache.is_dir():
+        return [*found, Finding("model cache", f"{cache}, not there yet")]
+    found.append(Finding("model cache", f"{cache}, {_gib(shutil.disk_usage(cache).free)} GiB free"))
+    for kind in sorted(path for path in cache.iterdir() if path.is_dir()):
+        for entry in sorted(path for path in kind.iterdir() if not path.name.startswith(".")):
+            found.append(Finding(f"  {kind.name}", f"{entry.name}, {_size(entry):,} bytes"))
+    return found
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else (path,)
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f}"
+
+
+def _extras() -> list[Finding]:
+    found = []
+    for extra in extras():
+        for package in extra.packages:
+            value = f"{package.name} {package.installed or 'not installed'}"
+            if package.installed and not package.good:
+                value += f", needs {package.at_least} or newer"
+            found.append(Finding(f"extra [{extra.name}]", value, "" if package.good else extra.remedy))
+    return found

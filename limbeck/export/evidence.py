@@ -1,0 +1,256 @@
+"""What a RUN directory's records and ledger say, gathered once for everybody who writes about the run.
+
+Nothing here is estimated: a figure is counted from the records, read from a ledger entry, or absent.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from limbeck.evaluate.answers import Answers, read_answers
+from limbeck.evaluate.scores import read_scores, score_of
+from limbeck.ledger.store import Ledger, entry_digest
+from limbeck.recipe import Recipe
+from limbeck.records import Completion, Digest, Entry, Prompt, Score, Split, Verdict
+from limbeck.render.examples import read_examples
+from limbeck.rundir import RunDir
+from limbeck.tables import read_records
+
+T = TypeVar("T", bound=BaseModel)
+
+EXAMPLES_OF_DROPPED = 2
+"""Dropped answers shown for each filter."""
+
+
+class PromptSource(NamedTuple):
+    """Where prompts came from."""
+
+    source: str
+    licence: str
+    writer: str | None
+    """The model that wrote them, if one did."""
+    train: int
+    held_out: int
+
+
+class TeacherSeen(NamedTuple):
+    """A teacher as the completions know it, and what the student learnt from it."""
+
+    name: str
+    model: str
+    provider: str
+    route: str
+    terms: str
+    weights: Digest | None
+    answers: int
+    kept: int
+    supervised: int
+    """Tokens of training examples that it wrote."""
+    share: float
+    """Of all supervised tokens of training examples."""
+
+
+class DroppedAnswer(NamedTuple):
+    """An answer that was not used."""
+
+    prompt: str
+    text: str
+    reason: str
+
+
+class Dropped(NamedTuple):
+    """What one filter dropped."""
+
+    filter: str
+    answers: int
+    examples: tuple[DroppedAnswer, ...]
+
+
+class Size(BaseModel):
+    """How large a model is, as the evaluation found it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    parameters: int
+    layers: int
+    bytes: int
+    precision: str
+
+
+class Speed(BaseModel):
+    """Milliseconds a token to read, with a 95 % interval."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+class Step(BaseModel):
+    """One optimiser step of RUN/training.json."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    step: int
+    epoch: float
+    loss: float
+    tokens: int
+
+
+class Training(BaseModel):
+    """RUN/training.json."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    steps: tuple[Step, ...]
+    loss: str | None = None
+    unit: str | None = None
+    precision: str | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A run, as its records tell it."""
+
+    recipe: Recipe
+    entries: tuple[Entry, ...]
+    digests: tuple[Digest, ...]
+    """Of the entries, in the same order; the last is the ledger's head."""
+    sources: tuple[PromptSource, ...]
+    teachers: tuple[TeacherSeen, ...]
+    dropped: tuple[Dropped, ...]
+    scores: tuple[Score, ...]
+    answers: tuple[Answers, ...]
+    training: Training
+    sizes: Mapping[str, Size]
+    """By subject: `student`, `before`, `teacher:NAME`."""
+    speeds: Mapping[str, Speed]
+    """By subject: `student`, `before`, `teacher`."""
+
+    def entry(self, stage: str) -> Entry | None:
+        """The latest entry of a stage, or None where there is none yet."""
+        return next((entry for entry in reversed(self.entries) if entry.stage == stage), None)
+
+    def facts(self, stage: str) -> Mapping[str, JsonValue]:
+        """What the latest entry of a stage says; empty where there is none."""
+        entry = self.entry(stage)
+        return entry.facts if entry else {}
+
+    def count(self, stage: str, fact: str) -> int | None:
+        """A fact that is a whole number, or None."""
+        value = self.facts(stage).get(fact)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    def counts(self, stage: str, fact: str) -> dict[str, int]:
+        """A fact that counts by name; empty where there is none."""
+        value = self.facts(stage).get(fact)
+        return {k: v for k, v in value.items() if isinstance(v, int)} if isinstance(value, dict) else {}
+
+    def score(self, name: str, subject: str) -> Score | None:
+        """The score with that name and subject, or None."""
+        return score_of(self.scores, name, subject)
+
+    @property
+    def latest(self) -> tuple[tuple[Entry, Digest], ...]:
+        """The latest entry of each stage with its digest, in the order in which they were written."""
+        last = {e.stage: (e, digest) for e, digest in zip(self.entries, self.digests, strict=True)}
+        return tuple(sorted(last.values(), key=lambda pair: pair[0].index))
+
+    @property
+    def prompts(self) -> tuple[int, int]:
+        """Prompts to train on, and prompts held out."""
+        return sum(s.train for s in self.sources), sum(s.held_out for s in self.sources)
+
+    @property
+    def supervised(self) -> int:
+        """Tokens of training examples that teachers wrote."""
+        return sum(t.supervised for t in self.teachers)
+
+
+def read_evidence(recipe: Recipe, run: RunDir) -> Evidence:
+    """Read a RUN directory as far as the evaluation has come."""
+    with Ledger(run / "ledger.db", read_only=True) as ledger:
+        entries = tuple(ledger.entries())
+    facts = next((e.facts for e in reversed(entries) if e.stage == "evaluate"), {})
+    teachers, dropped = _answers(run)
+    present = (run / "answers.json").exists()
+    return Evidence(
+        recipe=recipe,
+        entries=entries,
+        digests=tuple(entry_digest(entry) for entry in entries),
+        sources=_sources(run),
+        teachers=teachers,
+        dropped=dropped,
+        scores=tuple(read_scores(run / "scores.json")),
+        answers=tuple(read_answers(run / "answers.json")) if present else (),
+        training=Training.model_validate_json((run / "training.json").read_bytes()),
+        sizes=_typed(facts.get("models"), Size),
+        speeds=_typed(facts.get("reading_ms_a_token"), Speed),
+    )
+
+
+def _sources(run: RunDir) -> tuple[PromptSource, ...]:
+    counts: dict[tuple[str, str, str | None], Counter[Split]] = {}
+    for prompt in read_records(run / "prompts.parquet", Prompt):
+        counts.setdefault((prompt.source, prompt.licence, prompt.writer), Counter())[prompt.split] += 1
+    return tuple(PromptSource(*key, n[Split.TRAIN], n[Split.HELD_OUT]) for key, n in counts.items())
+
+
+def _answers(run: RunDir) -> tuple[tuple[TeacherSeen, ...], tuple[Dropped, ...]]:
+    """Who answered and how much of it was used; what was dropped, most often dropped first."""
+    verdicts = {v.completion: v for v in read_records(run / "verdicts.parquet", Verdict)}
+    supervised: Counter[str] = Counter()
+    for example in read_examples(run / "examples").train:
+        supervised[example.teacher] += example.supervised
+    identities: dict[str, Completion] = {}
+    answers: Counter[str] = Counter()
+    kept: Counter[str] = Counter()
+    drops: Counter[str] = Counter()
+    shown: dict[str, list[DroppedAnswer]] = {}
+    for completion in read_records(run / "completions.parquet", Completion):
+        identities.setdefault(completion.teacher, completion)
+        answers[completion.teacher] += 1
+        verdict = verdicts[completion.id]
+        kept[completion.teacher] += verdict.keep
+        if not verdict.keep:
+            drops[verdict.filter] += 1
+            if drops[verdict.filter] <= EXAMPLES_OF_DROPPED:
+                asked = completion.messages[-1].content if completion.messages else ""
+                one = DroppedAnswer(asked, completion.text, verdict.reason)
+                shown.setdefault(verdict.filter, []).append(one)
+    total = supervised.total()
+    teachers = tuple(
+        TeacherSeen(
+            name=name,
+            model=one.model,
+            provider=one.provider,
+            route=one.route,
+            terms=one.terms,
+            weights=one.weights,
+            answers=answers[name],
+            kept=kept[name],
+            supervised=supervised[name],
+            share=supervised[name] / total if total else 0.0,
+        )
+        for name, one in identities.items()
+    )
+    return teachers, tuple(Dropped(name, n, tuple(shown[name])) for name, n in drops.most_common())
+
+
+def _typed(value: JsonValue, kind: type[T]) -> dict[str, T]:
+    """The members of a JSON object that have this shape."""
+    found: dict[str, T] = {}
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        try:
+            found[name] = kind.model_validate(inner)
+        except ValidationError:
+            continue
+    return found

@@ -1,0 +1,132 @@
+"""The journal as a verifier reads it: without writing, and without believing what it says of itself.
+
+The file is opened here, not through `limbeck.collect.journal`, which may write to it, and answers are read
+here, not by the teacher, which needs torch. The layout is that of the journal's first version: a table
+`answers` with key, created, request and raw, the last two as zlib streams.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import zlib
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from limbeck.errors import Problem
+from limbeck.ledger.canonical import digest_bytes, digest_json
+from limbeck.records import Completion
+
+_ASKED = ("sample", "weights")
+_SAID = ("text", "finish_reason", "model", "prompt_tokens", "completion_tokens")
+"""What a completion takes over as it is from a request and an answer of form `local/1`."""
+
+_LONGEST = 2**28
+"""Bytes."""
+
+_REMEDY = "put back journal.db as the run wrote it; what the teacher said is nowhere else"
+
+
+class RawAnswer(NamedTuple):
+    """What was sent and what came back, as it lies in the journal."""
+
+    request: bytes
+    raw: bytes
+    created: str
+
+
+class RawAnswers:
+    """RUN/journal.db, open for reading. A context manager.
+
+    Raises:
+        OSError, sqlite3.DatabaseError: it is not there, or is no SQLite file.
+
+    """
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise FileNotFoundError(2, "no such file", str(path))
+        # A file in WAL mode that nobody uses is read without writing only if SQLite is told that it rests.
+        rests = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
+        self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro{rests}", uri=True, timeout=30)
+        self._db.execute("PRAGMA trusted_schema = OFF")
+        self.unread = 0
+        """Answers of a form that this version cannot read; their digests were compared all the same."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._db.close()
+
+    def find(self, key: str) -> RawAnswer | None:
+        """The answer journaled for a request. Raises `ValueError` where its bytes are damaged."""
+        row = self._db.execute("SELECT request, raw, created FROM answers WHERE key = ?", (key,)).fetchone()
+        try:
+            return RawAnswer(_unpacked(row[0]), _unpacked(row[1]), str(row[2])) if row else None
+        except (zlib.error, TypeError) as error:
+            raise ValueError(f"what lies under {key} does not unpack ({error})") from None
+
+    def differences(self, where: str, completion: Completion) -> list[Problem]:
+        """How a completion differs from the raw answer it was made from."""
+        try:
+            found = self.find(completion.request_id)
+        except ValueError as error:
+            return [Problem(f"journal.db, for {where}", str(error), "bytes as they were written", _REMEDY)]
+        if found is None:
+            return [Problem(f"journal.db, for {where}", "nothing", f"a request {completion.request_id}", _REMEDY)]
+        pairs: list[tuple[str, object, object]] = [
+            ("request", digest_bytes(found.request), completion.request_id),
+            ("response", digest_bytes(found.raw), completion.response),
+            ("created", _instant(found.created), completion.created),
+            *self._read(found, completion),
+        ]
+        return [
+            Problem(
+                f"journal.db, for {where}: {what}",
+                _shown(here),
+                f"{_shown(there)}, as the completion says",
+                _REMEDY,
+            )
+            for what, here, there in pairs
+            if here != there
+        ]
+
+    def _read(self, found: RawAnswer, completion: Completion) -> list[tuple[str, object, object]]:
+        """What the bytes say, beside what the completion says; nothing for a form that is unknown here."""
+        try:
+            asked, said = json.loads(found.request), json.loads(found.raw)
+            known = asked["form"] == said["form"] == "local/1"
+        except (ValueError, KeyError, TypeError, RecursionError):
+            asked, said, known = {}, {}, False
+        if not known:
+            self.unread += 1
+            return []
+        messages = [message.model_dump(mode="json") for message in completion.messages]
+        return [
+            ("messages asked", digest_json(asked.get("messages")), digest_json(messages)),
+            *((f"{name} asked", asked.get(name), getattr(completion, name)) for name in _ASKED),
+            *((f"{name} answered", said.get(name), getattr(completion, name)) for name in _SAID),
+        ]
+
+
+def _unpacked(data: bytes) -> bytes:
+    """A few bytes of zlib can stand for gigabytes; no answer of a teacher does."""
+    stream = zlib.decompressobj()
+    found = stream.decompress(data, _LONGEST)
+    if not stream.eof or stream.unused_data:
+        raise zlib.error("cut off, followed by something, or longer than any answer")
+    return found
+
+
+def _instant(text: str) -> datetime | str:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return text
+
+
+def _shown(value: object) -> str:
+    text = value if isinstance(value, str) else str(value)
+    return text if len(text) <= 120 else f"{text[:100]} ... ({len(text)} characters, {digest_json(text)})"

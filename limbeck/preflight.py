@@ -1,0 +1,163 @@
+"""Everything that can be checked before anything is spent. Nothing is written but the model cache.
+
+Cheap checks come first: no model is fetched for a recipe whose prompt file is wrong. Of the checks that are
+made, all problems come in one error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from limbeck.errors import InputError, ModelError, Problem
+from limbeck.ledger.canonical import digest_file
+from limbeck.recipe import FilePrompts, LocalTeacher, PretrainedStudent, PrunedStudent, Recipe, SelfPrompt
+from limbeck.records import Digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from limbeck.models import Precision
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "accelerate",
+    "gguf",
+    "huggingface_hub",
+    "matplotlib",
+)
+"""What a run needs of the extra `train`: found missing now, not at the last stage."""
+
+
+def preflight(recipe: Recipe) -> dict[str, Digest]:
+    """Check prompts and models; gives the digests of what lies outside RUN, by `prompts:PATH`, `teacher:NAME`
+    and `student:REF`.
+
+    Raises `PromptError` or `ModelError`, or `InputError` where both kinds of thing are wrong.
+    """
+    errors: list[InputError] = []
+    digests = _check_prompts(recipe, errors)
+    _check_references(recipe, errors)
+    _raise(errors)
+    digests |= _check_models(recipe, errors)
+    _raise(errors)
+    return digests
+
+
+def _raise(errors: Sequence[InputError]) -> None:
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        kinds = {type(error) for error in errors}
+        kind = kinds.pop() if len(kinds) == 1 else InputError
+        summary = "; ".join(dict.fromkeys(error.summary for error in errors))
+        raise kind(summary, [problem for error in errors for problem in error.problems])
+
+
+@contextmanager
+def _noting(errors: list[InputError], key: str) -> Iterator[None]:
+    """Notes an error, with the recipe's key in each place it names, instead of letting it end the checks."""
+    try:
+        yield
+    except InputError as error:
+        told = [problem._replace(where=f"{key}: {problem.where}") for problem in error.problems]
+        errors.append(type(error)(error.summary, told))
+
+
+def _check_prompts(recipe: Recipe, errors: list[InputError]) -> dict[str, Digest]:
+    """Read every row of every prompt file, and count whether some can be held out and some trained on."""
+    from limbeck.collect.files import iter_file_prompts
+    from limbeck.collect.split import reserve
+
+    digests, ids, before = {}, set(), len(errors)
+    for index, source in enumerate(recipe.prompts):
+        if isinstance(source, FilePrompts):
+            with _noting(errors, f"prompts.{index}"):
+                ids |= {row.id for row in iter_file_prompts(source)}
+                digests[f"prompts:{source.path}"] = digest_file(source.path)
+    if len(errors) == before:
+        own = sum(source.count for source in recipe.prompts if isinstance(source, SelfPrompt))
+        with _noting(errors, "evaluate.held_out"):
+            reserve(len(ids) + own, recipe.evaluate.held_out)
+    return digests
+
+
+def _check_references(recipe: Recipe, errors: list[InputError]) -> None:
+    """What can be said of the models before one is fetched."""
+    from limbeck.models import check_reference
+
+    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
+        problem = Problem(
+            "this Python",
+            f"without {', '.join(missing)}",
+            "what running a model needs",
+            "pip install 'limbeck[train]'",
+        )
+        errors.append(ModelError("packages are missing", [problem]))
+    for key, ref, _ in _models(recipe):
+        with _noting(errors, key):
+            check_reference(ref)
+
+
+def _models(recipe: Recipe) -> Iterator[tuple[str, str, Precision]]:
+    """Every model that is run here: its key in the recipe, its reference, the precision it runs in."""
+    many = isinstance(recipe.teacher, tuple)
+    for index, teacher in enumerate(recipe.teachers):
+        if isinstance(teacher, LocalTeacher):
+            yield f"teacher.{index}.model" if many else "teacher.model", teacher.model, teacher.precision
+    if isinstance(recipe.student, PretrainedStudent):
+        yield "student.model", recipe.student.model, recipe.train.precision
+
+
+def _check_models(recipe: Recipe, errors: list[InputError]) -> dict[str, Digest]:
+    from limbeck.models import load_config, load_tokenizer, refuse_other_tokenizer, resolve, template_digest
+
+    digests: dict[str, Digest] = {}
+    first: tuple[str, PreTrainedTokenizerFast] | None = None
+    for key, ref, precision in _models(recipe):
+        words = None
+        with _noting(errors, key):
+            digests[f"{'student' if key == 'student.model' else 'teacher'}:{ref}"] = resolve(ref).digest
+            words = load_tokenizer(ref)
+        if words is None:
+            continue
+        with _noting(errors, key):
+            if key != "student.model":
+                template_digest(words)
+        with _noting(errors, key):
+            if first:
+                refuse_other_tokenizer(f"{ref} beside {first[0]}", first[1], words)
+        first = first or (ref, words)
+        with _noting(errors, key):
+            config = load_config(ref, precision).get_text_config()
+            if len(words) > config.vocab_size:
+                raise _narrow(ref, config.vocab_size, len(words))
+            if isinstance(recipe.student, PrunedStudent) and key in ("teacher.model", "teacher.0.model"):
+                _check_layers(ref, recipe.student.layers, config.num_hidden_layers, errors)
+    return digests
+
+
+def _narrow(ref: str, width: int, tokens: int) -> ModelError:
+    problem = Problem(
+        ref,
+        f"vocab_size {width}",
+        f"at least {tokens}, the tokens its tokenizer has",
+        "take the tokenizer that belongs to the model",
+    )
+    return ModelError("a model is narrower than its tokenizer", [problem])
+
+
+def _check_layers(ref: str, layers: int, there: int, errors: list[InputError]) -> None:
+    if layers > there:
+        problem = Problem(
+            "student.layers",
+            str(layers),
+            f"at most {there}, the layers of {ref}",
+            f"set student.layers to {there} or less",
+        )
+        errors.append(ModelError("the student would have more layers than its teacher", [problem]))

@@ -1,0 +1,109 @@
+"""One line a stage: what it does, how far it is, at what rate, how long it will take. Silent unless a terminal asks.
+
+The library never prints. The command line hands a `Progress` made by `Progress.terminal()` to the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Column
+from rich.text import Text
+
+
+class Line(Protocol):
+    """The line of one stage."""
+
+    def advance(self, units: float = 1) -> None:
+        """So many units more are done."""
+        ...
+
+    def note(self, text: str) -> None:
+        """A word beside the bar: the loss, the number of tokens."""
+        ...
+
+
+class _SilentLine:
+    def advance(self, units: float = 1) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+class _RichLine:
+    def __init__(self, bars: RichProgress, task):
+        self._bars, self._task = bars, task
+
+    def advance(self, units: float = 1) -> None:
+        self._bars.advance(self._task, units)
+
+    def note(self, text: str) -> None:
+        self._bars.update(self._task, note=text)
+
+
+class _Rate(ProgressColumn):
+    """Units a second, or seconds a unit where that says more."""
+
+    def render(self, task: Task) -> Text:
+        speed, unit = task.finished_speed or task.speed, task.fields["unit"]
+        if not speed:
+            return Text("")
+        return Text(
+            f"{speed:,.0f} {unit}/s"
+            if speed >= 10
+            else f"{speed:.1f} {unit}/s"
+            if speed >= 1
+            else f"{1 / speed:.1f} s each"
+        )
+
+
+class Progress:
+    """Gives each stage its line."""
+
+    def __init__(self, console: Console | None):
+        self._console = console
+
+    @classmethod
+    def silent(cls) -> Progress:
+        """Shows nothing."""
+        return cls(None)
+
+    @classmethod
+    def terminal(cls) -> Progress:
+        """Shows bars on standard error if that is a terminal, and nothing otherwise."""
+        console = Console(stderr=True)
+        return cls(console if console.is_terminal else None)
+
+    @contextmanager
+    def line(self, name: str, total: float | None, unit: str) -> Iterator[Line]:
+        """The line for one stage; `total` in `unit`s, None where it is not known beforehand."""
+        if self._console is None:
+            yield _SilentLine()
+            return
+        whole, rest = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        columns = (
+            TextColumn("{task.description:<8}", table_column=whole),
+            BarColumn(12),
+            MofNCompleteColumn(table_column=whole),
+            _Rate(table_column=whole),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=whole),
+            TextColumn("{task.fields[note]}", markup=False, table_column=rest),
+        )
+        with RichProgress(*columns, console=self._console, expand=True) as bars:
+            yield _RichLine(bars, bars.add_task(name, total=total, unit=unit, note=""))
+
+    def say(self, text: str) -> None:
+        """A line of plain text on the terminal, if there is one."""
+        if self._console is not None:
+            self._console.print(text, markup=False, highlight=False)

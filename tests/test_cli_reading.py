@@ -1,0 +1,215 @@
+"""Commands that read: show, ledger, init, doctor."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import resource
+import sqlite3
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+import runs
+import yaml
+from command import DECLARED, MAIN, ROOT, call, python
+from pydantic import BaseModel
+
+from limbeck import doctor
+from limbeck.recipe import Recipe
+from limbeck.recipe_file import load_recipe
+from limbeck.run import STAGES
+from limbeck.starter import starter
+
+# Showing
+
+
+def test_show_tells_stages_scores_and_shares(tmp_path):
+    run = runs.make_run(tmp_path / "run")
+    result = call("show", run)
+    assert result.exit_code == 0
+    assert all(re.search(rf"^{stage.name} +done ", result.stdout, re.MULTILINE) for stage in STAGES)
+    shown = json.loads(call("show", run, "--json").stdout)
+    assert shown["shares"] == [{"teacher": runs.TEACHER, "examples": 3, "supervised_tokens": 12, "share": 1.0}]
+    assert [score["value"] for score in shown["scores"]] == [0.5, None]
+    assert [stage["done"] for stage in shown["stages"]] == [True] * len(STAGES)
+
+
+@pytest.mark.parametrize("until", ["prompts", "curate", "train"])
+def test_show_works_on_a_part_of_a_run_that_another_process_holds(tmp_path, until):
+    run = runs.make_run(tmp_path / "run", until=until)
+    with open(run / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = call("show", run)
+        shown = json.loads(call("show", run, "--json").stdout)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^report +not done yet", result.stdout, re.MULTILINE)
+    assert shown["report"] is None
+    assert (shown["student"] is not None) == (until == "train")
+
+
+def test_show_before_the_first_stage_and_outside_a_run(tmp_path):
+    run = runs.make_run(tmp_path / "run", until="prompts")
+    (run / "ledger.db").unlink()
+    assert call("show", run).exit_code == 0
+    result = call("show", tmp_path)
+    assert result.exit_code == 2
+    assert "not a RUN directory" in result.stderr
+
+
+def test_what_others_wrote_does_not_drive_the_terminal(tmp_path):
+    run = runs.make_run(tmp_path / "run", until="evaluate")
+    (run / "scores.json").write_text((run / "scores.json").read_text().replace("no held-out answers", "\\u001b[2Jgone"))
+    assert "\x1b" not in call("show", run).stdout
+    assert "\\x1b[2Jgone" in call("show", run).stdout
+
+
+# The ledger
+
+
+def test_verify_exit_codes_and_messages(tmp_path):
+    run = runs.make_run(tmp_path / "run")
+    good = call("ledger", "verify", run)
+    assert good.exit_code == 0
+    assert "verified: nothing differs; 10 entries" in good.stdout
+    assert "unsigned and unanchored" in good.stdout
+    head = json.loads(call("ledger", "verify", run, "--json").stdout)["head"]
+    (run / "report.html").write_text("other")
+    bad = call("ledger", "verify", run)
+    assert bad.exit_code == 1
+    assert "NOT verified: 1 difference;" in bad.stdout
+    told = json.loads(call("ledger", "verify", run, "--head", head, "--json").stdout)
+    assert (told["ok"], [difference["where"] for difference in told["differences"]]) == (
+        False,
+        ["report.html"],
+    )
+    assert call("ledger", "verify", run, "--head", "sha256:" + "0" * 64).stdout.count("found:") == 2
+    assert call("ledger", "verify", tmp_path).exit_code == 2
+
+
+def test_log_lists_entries_and_refuses_a_changed_ledger(tmp_path):
+    run = runs.make_run(tmp_path / "run")
+    entries = json.loads(call("ledger", "log", run, "--json").stdout)
+    assert [entry["stage"] for entry in entries] == [stage.name for stage in STAGES]
+    assert [entry["previous"] for entry in entries[1:]] == [entry["digest"] for entry in entries[:-1]]
+    text = call("ledger", "log", run).stdout
+    assert all(entry["digest"] in text for entry in entries)
+    runs.forge(
+        run / "ledger.db",
+        ("UPDATE entries SET body = replace(body, '\"rows\":6', '\"rows\":9') WHERE idx = 4", ()),
+    )
+    for words in (("ledger", "log", run), ("show", run)):
+        result = call(*words)
+        assert result.exit_code == 1
+        assert "ledger.db: entry 4" in result.stderr
+
+
+def test_reading_commands_need_no_torch(tmp_path):
+    run = runs.make_run(tmp_path / "run")
+    blocked = "import sys; sys.modules.update(torch=None, transformers=None)\n" + MAIN
+    for words in (("ledger", "verify", run), ("ledger", "log", run), ("show", run), ("doctor",)):
+        result = python(blocked, *words)
+        assert result.returncode == 0, result.stderr
+
+
+# Starting
+
+
+def test_init_writes_a_recipe_that_loads_and_never_overwrites(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    assert call("init", "--out", path).exit_code == 0
+    text = path.read_text()
+    assert load_recipe(path) == Recipe.model_validate(yaml.safe_load(text))
+    again = call("init", "--out", path, "--name", "other")
+    assert again.exit_code == 2
+    assert "will not overwrite" in again.stderr
+    assert path.read_text() == text
+
+
+def test_init_explains_every_key_of_the_recipe():
+    text = starter()
+
+    def keys(model: type[BaseModel]) -> Iterator[str]:
+        for name, field in model.model_fields.items():
+            yield name
+            for part in re.findall(r"\b[A-Z]\w+", str(field.annotation)):
+                inner = getattr(sys.modules["limbeck.recipe"], part, None)
+                if isinstance(inner, type) and issubclass(inner, BaseModel):
+                    yield from keys(inner)
+
+    assert all(re.search(rf"^[ #-]*{key}:", text, re.MULTILINE) for key in keys(Recipe))
+
+
+def test_init_takes_another_teacher_whose_terms_are_unknown(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    assert call("init", "--out", path, "--teacher", "hf:org/name@main", "--name", "mine").exit_code == 0
+    recipe = load_recipe(path)
+    assert (recipe.name, recipe.teachers[0].model, recipe.teachers[0].terms) == (
+        "mine",
+        "hf:org/name@main",
+        "unknown",
+    )
+    bad = call("init", "--out", tmp_path / "bad.yaml", "--name", "no spaces allowed")
+    assert bad.exit_code == 2
+    assert os.listdir(tmp_path) == ["recipe.yaml"]
+
+
+def test_init_on_a_full_disk_leaves_nothing(tmp_path):
+    def no_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    result = python(MAIN, "init", "--out", tmp_path / "recipe.yaml", preexec_fn=no_room)
+    assert result.returncode == 2, result.stderr
+    assert "the disk is full" in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_recipes_that_ship_load():
+    shipped = sorted((ROOT / "recipes").glob("*.yaml"))
+    assert shipped
+    for path in shipped:
+        load_recipe(path)
+
+
+# The doctor
+
+
+def test_doctor_says_what_is_here_and_what_to_install(monkeypatch):
+    monkeypatch.setattr(doctor, "requires", lambda _: [*DECLARED, "pytest>=9999; extra == 'dev'"])
+    result = call("doctor", "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    names = {finding["name"] for finding in found}
+    assert {"limbeck", "Python", "processor", "cores", "memory", "free disk here", "model cache"} <= names
+    remedies = {finding["value"]: finding["remedy"] for finding in found}
+    assert remedies["nothing-such not installed"] == "pip install 'limbeck[dev]'"
+    assert remedies[f"pytest {pytest.__version__}, needs 9999 or newer"] == "pip install 'limbeck[dev]'"
+    assert "-> pip install 'limbeck[dev]'" in call("doctor").stdout
+
+
+@pytest.mark.parametrize(
+    ("installed", "at_least", "good"),
+    [
+        ("2.13.0+cpu", "2.9", True),
+        ("2.9", "2.9.0", True),
+        ("2.8.9", "2.9", False),
+        ("10.0rc1", "9.9", True),
+        ("1.0", "0", True),
+    ],
+)
+def test_versions_are_compared_by_number(installed, at_least, good):
+    assert doctor.Package("x", installed, at_least).good == good
+
+
+def test_a_journal_is_not_touched_by_reading(tmp_path):
+    run = runs.make_run(tmp_path / "run")
+    with closing(sqlite3.connect(run / "journal.db")) as db:
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        before = sorted(os.listdir(run))
+    before = sorted(os.listdir(run))
+    call("ledger", "verify", run)
+    call("show", run)
+    assert sorted(os.listdir(run)) == before

@@ -1,0 +1,189 @@
+"""The laws of training: the exact denominator, the fixed order, and resuming to the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import limbeck
+from limbeck.errors import RecipeError
+from limbeck.recipe import Recipe
+from limbeck.render.examples import read_examples
+from limbeck.rundir import RunDir
+from limbeck.signal.store import SignalStore
+from limbeck.train.schedule import make_schedule
+from limbeck.train.stage import train
+from limbeck.train.trainer import last_checkpoint
+
+
+def fresh(tiny_run: Path, place: Path, **settings: object) -> tuple[Recipe, RunDir]:
+    """A copy of the prepared run, with other training settings. Trains directly, without the ledger."""
+    shutil.copytree(tiny_run, place)
+    recipe = RunDir(place).recipe()
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=settings)}), RunDir(place)
+
+
+def weights(run: RunDir) -> dict[str, torch.Tensor]:
+    return load_file(run / "student" / "model.safetensors")
+
+
+def curve(run: RunDir) -> list[float]:
+    return [step["loss"] for step in json.loads((run / "training.json").read_text())["steps"]]
+
+
+lengths = st.lists(st.integers(1, 300), min_size=4, max_size=60)
+
+
+@given(lengths, st.integers(4, 9), st.integers(0, 3), st.sampled_from([1, 2, 4]))
+def test_each_epoch_sees_every_example_once(lengths, batch_size, seed, pieces):
+    assume(len(lengths) // -(-len(lengths) // batch_size) >= pieces)
+    schedule = make_schedule(lengths, batch_size=batch_size, epochs=2, pieces=pieces, seed=seed)
+    for epoch in (0, 1):
+        steps = schedule.steps[epoch * schedule.steps_per_epoch : (epoch + 1) * schedule.steps_per_epoch]
+        assert sorted(i for step in steps for micro in step for i in micro) == list(range(len(lengths)))
+    assert all(len(step) == pieces and all(step) for step in schedule.steps)
+
+
+@given(lengths, st.integers(0, 3))
+def test_cutting_a_step_into_pieces_does_not_change_the_step(lengths, seed):
+    whole, halves = (make_schedule(lengths, batch_size=4, epochs=1.5, pieces=p, seed=seed) for p in (1, 2))
+    flat = [[sorted(i for micro in step for i in micro) for step in s.steps] for s in (whole, halves)]
+    assert flat[0] == flat[1]
+
+
+@given(lengths, st.integers(0, 3), st.sampled_from([1, 2, 3]))
+def test_processes_share_the_schedule_without_loss_or_overlap(lengths, seed, processes):
+    schedule = make_schedule(lengths, batch_size=6, epochs=1, pieces=processes, seed=seed)
+    shares = [schedule.micro_batches(p, processes) for p in range(processes)]
+    assert {len(share) for share in shares} == {len(schedule.steps)}
+    assert sorted(i for share in shares for micro in share for i in micro) == list(range(len(lengths)))
+
+
+def test_more_pieces_than_sequences_is_refused():
+    with pytest.raises(RecipeError, match=r"train\.accumulate"):
+        make_schedule([5, 6, 7], batch_size=8, epochs=1, pieces=4, seed=0)
+
+
+def test_first_loss_is_kl_by_an_independent_float64_loop(tiny_run, tmp_path):
+    """Before any update, the logged loss of step 1 is the mean over its supervised tokens of
+    -H - sum(weights * log q), computed here example by example from full float64 logits."""
+    recipe, run = fresh(tiny_run, tmp_path / "run", epochs=1)
+    train(recipe, run)
+    examples, store = read_examples(run / "examples").train, SignalStore.open(run / "signals")
+    from transformers import AutoModelForCausalLM
+
+    from limbeck.seeds import derive_seed
+
+    schedule = make_schedule(
+        [len(e.tokens_T) for e in examples],
+        batch_size=recipe.train.batch_size,
+        epochs=1,
+        pieces=1,
+        seed=derive_seed(recipe.seed, "train", "order"),
+    )
+    model = AutoModelForCausalLM.from_pretrained(run / "beginning", dtype=torch.float64)
+    total, count = 0.0, 0
+    for i in schedule.steps[0][0]:
+        example = examples[i]
+        with torch.no_grad():
+            logits_TV = model(torch.from_numpy(example.tokens_T.astype(np.int64))[None]).logits[0]
+        positions = np.flatnonzero(example.mask_T)
+        log_q_NV = logits_TV[positions - 1].log_softmax(-1)
+        signal_of_one = store.take([example.id])
+        total += float(-(signal_of_one.to_dense().double() * log_q_NV).sum() - signal_of_one.entropy_N.double().sum())
+        count += len(positions)
+    assert curve(run)[0] == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulation_does_not_change_the_gradient(tiny_run, tmp_path, accumulate):
+    """Trap 2: ragged lengths, so a mean of means would differ."""
+    results = []
+    for name, pieces in (("whole", 1), ("pieces", accumulate)):
+        recipe, run = fresh(tiny_run, tmp_path / name, accumulate=pieces, epochs=1, batch_size=8)
+        train(recipe, run)
+        results.append((curve(run), weights(run)))
+    (curve_a, a), (curve_b, b) = results
+    assert curve_a == pytest.approx(curve_b, rel=1e-4)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5)
+
+
+def test_the_student_learns(tiny_run, tmp_path):
+    recipe, run = fresh(tiny_run, tmp_path / "run", epochs=6)
+    train(recipe, run)
+    losses = curve(run)
+    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+
+
+KILLED = """
+import sys, limbeck
+from limbeck.rundir import RunDir
+from limbeck.train.stage import train
+run = RunDir(sys.argv[1])
+train(run.recipe(), run)
+"""
+
+
+def test_killed_and_resumed_training_ends_with_the_same_bits(tiny_run, tmp_path):
+    """Trap 18, float32 on the CPU: kill -9 at several moments, resume, compare every weight and the loss curve."""
+    for name in ("whole", "killed"):
+        shutil.copytree(tiny_run, tmp_path / name)
+    train(RunDir(tmp_path / "whole").recipe(), RunDir(tmp_path / "whole"))
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
+    resumed_from = []
+    for wanted in (1, 2):
+        process = subprocess.Popen(command)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(list((tmp_path / "killed" / "checkpoints").glob("checkpoint-*/complete"))) >= wanted:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        process.wait()
+        found = last_checkpoint(tmp_path / "killed" / "checkpoints")
+        resumed_from.append(found.name if found else None)
+    subprocess.run(command, check=True)
+    assert all(resumed_from)
+    whole, killed = RunDir(tmp_path / "whole"), RunDir(tmp_path / "killed")
+    assert curve(whole) == curve(killed)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(killed)[name]), name
+
+
+def test_a_checkpoint_that_was_cut_short_is_not_resumed_from(tmp_path):
+    for step, complete in ((2, True), (4, True), (6, False)):
+        directory = tmp_path / f"checkpoint-{step}"
+        directory.mkdir()
+        (directory / "trainer_state.json").write_text("{}")
+        if complete:
+            (directory / "complete").write_text("")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    assert not (tmp_path / "checkpoint-6").exists()
+
+
+def test_the_student_loads_as_any_model_does(tiny_run, tmp_path):
+    recipe, run = fresh(tiny_run, tmp_path / "run", epochs=1)
+    train(recipe, run)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (kind.from_pretrained(run / "student") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+    assert model.config.num_hidden_layers == 2
+    assert limbeck.__version__
