@@ -93,6 +93,8 @@ class DiskFullError(LimbeckError, OSError):
     """There is no room left for what has to be written."""
 
 
+_TORCH_WRITER = ("PytorchStreamWriter failed", "inline_container.cc", "iostream error")
+"""What torch.save says when its writer fails: it keeps neither the errno nor the operating system's words."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -107,7 +109,7 @@ def as_disk_full(error: BaseException, root: str | os.PathLike[str]) -> DiskFull
         (isinstance(error, OSError) and error.errno in _NO_ROOM)
         or (isinstance(error, sqlite3.Error) and ("disk is full" in text or "disk I/O error" in text))
         or any(f"os error {code}" in text or os.strerror(code) in text for code in _NO_ROOM)
-        or "PytorchStreamWriter failed" in text
+        or any(sign in text for sign in _TORCH_WRITER)
     ):
         return None
     place = os.fspath(getattr(error, "filename", None) or root)

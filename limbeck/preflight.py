@@ -42,6 +42,7 @@ def preflight(recipe: Recipe) -> dict[str, Digest]:
     """
     errors: list[InputError] = []
     digests = _check_prompts(recipe, errors)
+    _check_terms(recipe, errors)
     _check_references(recipe, errors)
     _raise(errors)
     digests |= _check_models(recipe, errors)
@@ -85,6 +86,17 @@ def _check_prompts(recipe: Recipe, errors: list[InputError]) -> dict[str, Digest
         with _noting(errors, "evaluate.held_out"):
             reserve(len(ids) + own, recipe.evaluate.held_out)
     return digests
+
+
+def _check_terms(recipe: Recipe, errors: list[InputError]) -> None:
+    """A misspelt id is found now, not when someone asks for the terms of what was generated."""
+    from limbeck.terms.terms import OWN_MODEL, UNKNOWN, find
+
+    for index, teacher in enumerate(recipe.teachers):
+        if teacher.terms not in (OWN_MODEL, UNKNOWN):
+            key = f"teacher.{index}.terms" if isinstance(recipe.teacher, tuple) else "teacher.terms"
+            with _noting(errors, key):
+                find(teacher.terms)
 
 
 def _check_references(recipe: Recipe, errors: list[InputError]) -> None:

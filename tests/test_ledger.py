@@ -240,3 +240,15 @@ def test_a_value_changed_with_its_digest_made_anew_breaks_the_next_link(rows):
         body = row.body.replace('"rows":6', '"rows":7')
         changed = Row(place, digest_bytes(body.encode()), body)
         assert chain_problems([*rows[:place], changed, *rows[place + 1 :]])
+
+
+def test_a_damaged_page_is_told_and_not_a_traceback(tmp_path):
+    path = tmp_path / "ledger.db"
+    with Ledger(path) as ledger:
+        append(ledger)
+    data = bytearray(path.read_bytes())
+    page = int.from_bytes(data[16:18], "big")
+    data[page:] = b"\xff" * (len(data) - page)
+    path.write_bytes(data)
+    with pytest.raises((VerificationError, RunDirError), match=r"ledger\.db"), Ledger(path, read_only=True) as ledger:
+        ledger.entries()

@@ -197,3 +197,12 @@ def test_what_init_writes_has_terms_that_are_there(tmp_path):
     path = tmp_path / "recipe.yaml"
     assert call("init", "--out", path).exit_code == 0
     assert call("terms", "check", path).exit_code == 0
+
+
+def test_a_misspelt_id_is_refused_before_anything_is_spent(tmp_path):
+    path = recipe_file(tmp_path, "meta/llama-9")
+    refused = call("run", path, "--out", tmp_path / "run")
+    assert refused.exit_code == 2
+    assert "teacher.terms" in refused.output
+    assert "meta/llama-9" in refused.output
+    assert not (tmp_path / "run").exists()

@@ -24,7 +24,7 @@ from typing import NamedTuple, Self
 
 from pydantic import JsonValue, ValidationError
 
-from limbeck.errors import InputError, Problem, RunDirError, VerificationError
+from limbeck.errors import InputError, Problem, RunDirError, VerificationError, as_disk_full
 from limbeck.ledger.canonical import EMPTY, canonical, digest_bytes
 from limbeck.ledger.code import code_version
 from limbeck.records import Digest, Entry
@@ -186,8 +186,15 @@ class Ledger:
         return parse_entry(body)
 
     def rows(self) -> list[Row]:
-        """All rows in the order of their index, unchecked."""
-        return [Row(*row) for row in self._db.execute("SELECT idx, digest, body FROM entries ORDER BY idx")]
+        """All rows in the order of their index, unchecked. Raises `VerificationError` where SQLite cannot read them."""
+        try:
+            return [Row(*row) for row in self._db.execute("SELECT idx, digest, body FROM entries ORDER BY idx")]
+        except sqlite3.DatabaseError as error:
+            if as_disk_full(error, self.path.parent):
+                raise
+            remedy = "restore the file from a copy; `limbeck ledger verify` says what else differs"
+            problem = Problem(str(self.path), str(error), "a ledger that can be read", remedy)
+            raise VerificationError("the ledger is damaged", [problem]) from error
 
     def entries(self) -> list[Entry]:
         """All entries, oldest first. Raises `VerificationError` with every break of the chain."""

@@ -125,7 +125,7 @@ def find(terms_id: str) -> Terms:
                 Problem(
                     "terms",
                     terms_id,
-                    f"an id of the register, or {OWN_MODEL}",
+                    f"an id of the register; in a recipe also {OWN_MODEL}",
                     f"nearest: {', '.join(near)}" if near else "`limbeck terms list` shows all",
                 ),
             ],
