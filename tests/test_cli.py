@@ -240,8 +240,9 @@ def test_an_import_that_no_extra_has_keeps_its_traceback(recipe_path, tmp_path, 
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 import limbeck.cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
 def work(*_, **__):
     print("working", flush=True)
     time.sleep(60)

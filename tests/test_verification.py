@@ -131,7 +131,7 @@ def test_a_run_without_its_ledger_is_not_verified(copy, spoil):
 def test_verification_survives_any_damage_to_the_ledger_file(copy, data):
     path = copy / "ledger.db"
     good = path.read_bytes()
-    at = data.draw(st.integers(0, len(good) - 1))
+    at = data.draw(st.integers(0, 2**20)) % len(good)  # the file's length is not the same every time
     path.write_bytes(good[:at] + data.draw(st.binary(min_size=1, max_size=64)) + good[at + 1 :])
     verify(copy)
     path.write_bytes(good)
