@@ -186,19 +186,19 @@ class Ledger:
         return parse_entry(body)
 
     def rows(self) -> list[Row]:
-        """All rows in the order of their index, unchecked. Raises `VerificationError` where SQLite cannot read them."""
+        """All rows in the order of their index, unchecked. Raises what SQLite raises for a damaged file."""
+        return [Row(*row) for row in self._db.execute("SELECT idx, digest, body FROM entries ORDER BY idx")]
+
+    def entries(self) -> list[Entry]:
+        """All entries, oldest first. Raises `VerificationError` with every break of the chain."""
         try:
-            return [Row(*row) for row in self._db.execute("SELECT idx, digest, body FROM entries ORDER BY idx")]
+            rows = self.rows()
         except sqlite3.DatabaseError as error:
             if as_disk_full(error, self.path.parent):
                 raise
             remedy = "restore the file from a copy; `limbeck ledger verify` says what else differs"
             problem = Problem(str(self.path), str(error), "a ledger that can be read", remedy)
             raise VerificationError("the ledger is damaged", [problem]) from error
-
-    def entries(self) -> list[Entry]:
-        """All entries, oldest first. Raises `VerificationError` with every break of the chain."""
-        rows = self.rows()
         if problems := chain_problems(rows):
             raise VerificationError(f"{self.path} was changed after it was written", problems)
         return [parse_entry(str(row.body)) for row in rows]
