@@ -8,7 +8,6 @@
     │   ├── RunDirError             2   a RUN directory that another recipe made, or that is in use
     │   └── StaleError              2   a cache that no longer belongs to its inputs
     ├── DiskFullError (OSError)     2   no room; what was finished stays, the run resumes
-    ├── RefusedError                1   a check by the user's own rules said no
     └── VerificationError           1   the evidence does not match the files
 
 An error carries every problem found, not the first. A problem says where it is (file and key or row), what was
@@ -77,12 +76,6 @@ class StaleError(InputError):
     """A cache (examples, signals) no longer belongs to what it was made from."""
 
 
-class RefusedError(LimbeckError):
-    """Something was refused that is not wrong in itself."""
-
-    exit_code = 1
-
-
 class VerificationError(LimbeckError):
     """The evidence does not match the files."""
 
@@ -93,8 +86,10 @@ class DiskFullError(LimbeckError, OSError):
     """There is no room left for what has to be written."""
 
 
-_TORCH_WRITER = ("PytorchStreamWriter failed", "inline_container.cc", "iostream error")
-"""What torch.save says when its writer fails: it keeps neither the errno nor the operating system's words."""
+_TORCH_WRITER = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
+"""What torch.save says when its writer fails: it keeps neither the errno nor the operating system's words. Its source
+file, inline_container.cc, is no sign of it: torch also names that file when it reads a damaged checkpoint.
+"""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

@@ -12,16 +12,14 @@ from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     Tag,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from limbeck.errors import Problem
 from limbeck.ledger.canonical import digest_json
@@ -30,6 +28,29 @@ from limbeck.ledger.canonical import digest_json
 class _Part(BaseModel):
     # An infinite or undefined number has no canonical JSON, so a recipe with one would have no digest.
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def _no_truth(error: Literal["int_type", "float_type"]) -> BeforeValidator:
+    """Refuses true and false where a number is due: pydantic would take them for 1 and 0."""
+
+    def refuse(value: object) -> object:
+        if isinstance(value, bool):
+            raise PydanticKnownError(error)
+        return value
+
+    return BeforeValidator(refuse)
+
+
+# Part of the types, because pydantic allows no validator for every key of `_Part`: none may stand before the `kind`
+# that tells variants apart. Last in them, because otherwise the JSON Schema would lose the limits.
+_WHOLE = _no_truth("int_type")
+_NUMBER = _no_truth("float_type")
+
+PositiveInt = Annotated[int, Field(gt=0), _WHOLE]
+NonNegativeInt = Annotated[int, Field(ge=0), _WHOLE]
+PositiveFloat = Annotated[float, Field(gt=0), _NUMBER]
+NonNegativeFloat = Annotated[float, Field(ge=0), _NUMBER]
+Probability = Annotated[float, Field(gt=0, le=1), _NUMBER]
 
 
 class Use(_Part):
@@ -106,7 +127,7 @@ class SelfPrompt(_Part):
     """Longest prompt kept, in tokens; what runs longer is dropped, not cut."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature of the prompts; higher is more varied."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    top_p: Probability = 0.95
     """Each token is drawn from the likeliest ones that together have this probability."""
     system: str | None = None
     """A system message to start from; None leaves what the chat template puts there itself."""
@@ -127,9 +148,9 @@ class Collect(_Part):
 
     max_tokens: PositiveInt = 256
     """Longest answer, in tokens."""
-    temperature: Annotated[float, Field(ge=0)] = 0.7
+    temperature: NonNegativeFloat = 0.7
     """0 takes the most likely token each time."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Probability = 1.0
     """Each token is drawn from the likeliest ones that together have this probability; 1 is all of them."""
     samples: PositiveInt = 1
     """Answers to each prompt."""
@@ -182,7 +203,7 @@ class SampledSignalSettings(_Part):
 
     kind: Literal["sampled"] = "sampled"
     """Distributions, sampled."""
-    tau: Annotated[float, Field(gt=0, le=1)] = 0.02
+    tau: Probability = 0.02
     """Tokens with at least this probability are stored exactly; rarer ones by chance, weighing tau."""
 
 
@@ -209,11 +230,11 @@ class Train(_Part):
     """The highest learning rate, reached after the warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up: to 0 along a cosine or a line, or not at all."""
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    warmup: Annotated[float, Field(ge=0, lt=1), _NUMBER] = 0.05
     """Share of the steps over which the learning rate rises from 0."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of AdamW."""
-    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    beta2: Annotated[float, Field(gt=0, lt=1), _NUMBER] = 0.95
     """AdamW's memory of squared gradients; short runs want less of it than the usual 0.999."""
     clip: PositiveFloat = 1.0
     """Largest norm of the gradient."""
@@ -245,7 +266,7 @@ class Recipe(_Part):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=96)]
     """Names the student."""
-    seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**53), _WHOLE] = 0
     """All randomness of the run derives from it."""
     use: Use = Use()
     """What the student is for."""

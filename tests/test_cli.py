@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import runs
+import torch
 import yaml
 from command import DECLARED, ROOT, call, python
 from conftest import prompt_file, recipe_dict
@@ -23,7 +24,7 @@ import limbeck
 from limbeck import doctor
 from limbeck.cli import QUIET
 from limbeck.cli.reference import contexts, reference
-from limbeck.errors import RefusedError
+from limbeck.errors import VerificationError
 from limbeck.run import STAGES
 from limbeck.starter import starter
 
@@ -188,6 +189,7 @@ def test_a_run_made_by_another_recipe_is_refused_with_both_values(tmp_path, teac
     OSError(errno.ENOSPC, "No space left on device", "weights.bin"),
     sqlite3.OperationalError("database or disk is full"),
     Exception("I/O error: No space left on device (os error 28)"),
+    RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
     RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 215040 vs 214928"),
     RuntimeError("basic_ios::clear: iostream error"),
 ])  # fmt: skip
@@ -199,6 +201,18 @@ def test_a_full_disk_is_told_as_such_whoever_noticed_it(recipe_path, tmp_path, s
     assert "run the same command again" in result.stderr
 
 
+def test_a_damaged_checkpoint_is_no_full_disk(recipe_path, tmp_path, stub):
+    """torch names the same source file whether it fails to write or to read."""
+    path = tmp_path / "step.pt"
+    torch.save(torch.zeros(2), path)
+    sound = path.read_bytes()
+    path.write_bytes(sound.replace(b"3\n", b"x\n", 1))  # the version of the archive's format, as text
+    stub(lambda *_, **__: torch.load(path, weights_only=True))
+    error = call("run", recipe_path, "--out", tmp_path / "run").exception
+    assert isinstance(error, RuntimeError)
+    assert "inline_container.cc" in str(error)
+
+
 def test_a_place_that_may_not_be_written_is_bad_input(recipe_path, tmp_path, stub):
     (tmp_path / "file").write_text("mine")
     stub(lambda recipe, out, **_: Path(out).mkdir())
@@ -208,10 +222,10 @@ def test_a_place_that_may_not_be_written_is_bad_input(recipe_path, tmp_path, stu
     assert str(tmp_path / "file" / "run") in result.stderr
 
 
-def test_a_refusal_is_exit_code_1(recipe_path, tmp_path, stub):
-    stub(raising(RefusedError("refused under our reading")))
+def test_a_failed_check_is_exit_code_1(recipe_path, tmp_path, stub):
+    stub(raising(VerificationError("the ledger was changed")))
     result = call("train", recipe_path, "--out", tmp_path / "run")
-    assert (result.exit_code, result.stderr) == (1, "limbeck: refused under our reading\n")
+    assert (result.exit_code, result.stderr) == (1, "limbeck: the ledger was changed\n")
 
 
 def test_a_bug_keeps_its_traceback(recipe_path, tmp_path, stub):

@@ -11,6 +11,7 @@ import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import runs
@@ -19,6 +20,7 @@ from command import DECLARED, MAIN, ROOT, call, python
 from pydantic import BaseModel
 
 from limbeck import doctor
+from limbeck.ledger.store import Ledger
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import load_recipe
 from limbeck.run import STAGES
@@ -49,6 +51,55 @@ def test_show_works_on_a_part_of_a_run_that_another_process_holds(tmp_path, unti
     assert re.search(r"^report +not done yet", result.stdout, re.MULTILINE)
     assert shown["report"] is None
     assert (shown["student"] is not None) == (until == "train")
+
+
+def redo(run: Path, name: str, *, file: str = "", change: bytes = b" ") -> None:
+    """Do a stage again; `change` is what its output `file` now has more of."""
+    stage = next(stage for stage in STAGES if stage.name == name)
+    if file:
+        (run / file).write_bytes((run / file).read_bytes() + change)
+    with Ledger(run / "ledger.db") as ledger:
+        runs.enter(ledger, run, stage.name, stage.reads, stage.writes)
+
+
+def states(run: Path) -> dict[str, list[str]]:
+    """Names of the stages that `show` calls done, and of those it calls stale."""
+    stages = json.loads(call("show", run, "--json").stdout)["stages"]
+    return {word: [stage["stage"] for stage in stages if stage[word]] for word in ("done", "stale")}
+
+
+def test_show_calls_a_stage_stale_when_what_it_rests_on_was_made_anew(tmp_path):
+    run = runs.make_run(tmp_path / "run")
+    redo(run, "curate", file="verdicts.parquet")
+    names = [stage.name for stage in STAGES]
+    assert states(run) == {"done": names[:3], "stale": names[3:]}
+    shown, text = json.loads(call("show", run, "--json").stdout), call("show", run).stdout
+    assert [shown[key] for key in ("scores", "shares", "student", "report")] == [[], [], None, None]
+    for name in names[3:]:
+        assert re.search(rf"^{name} +to be done again: what it read has been made anew since$", text, re.MULTILINE)
+    assert "agreement_top1" not in text
+    for name in names[3:]:
+        redo(run, name)
+    assert states(run) == {"done": names, "stale": []}
+    again = json.loads(call("show", run, "--json").stdout)
+    assert all(again[key] for key in ("scores", "shares", "student", "report"))
+
+
+def test_show_calls_no_stage_stale_that_does_not_rest_on_what_changed(tmp_path):
+    run = runs.make_run(tmp_path / "run")
+    redo(run, "curate")
+    assert states(run)["stale"] == [], "it came out the same"
+    redo(run, "evaluate", file="scores.json", change=b"\n")
+    assert states(run)["stale"] == ["card", "report"]
+    shown = json.loads(call("show", run, "--json").stdout)
+    assert [bool(shown[key]) for key in ("scores", "shares", "student", "report")] == [True, True, True, False]
+
+
+def test_show_reads_the_ledger_only_and_leaves_files_to_verify(tmp_path):
+    run = runs.make_run(tmp_path / "run")
+    (run / "prompts.parquet").write_bytes((run / "prompts.parquet").read_bytes() + b" ")
+    assert states(run)["stale"] == []
+    assert "prompts.parquet" in call("ledger", "verify", run).stdout
 
 
 def test_show_before_the_first_stage_and_outside_a_run(tmp_path):

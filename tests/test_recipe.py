@@ -189,6 +189,25 @@ epochs: 3
     assert len(problems) == 16
 
 
+def test_truth_is_no_number(tmp_path):
+    """Pydantic takes true for 1; every key that the schema says is for numbers refuses it."""
+    path, schema, checked = write(tmp_path, GOOD), dict(json_schema()), 0
+    due = {"integer": "a whole number", "number": "a number"}
+    for key, part in keys_of(schema).items():
+        above, _, name = key.rpartition(".")
+        properties = schema["$defs"].get(part, schema)["properties"]
+        shapes = properties[name].get("anyOf", [properties[name]])
+        for number in due.keys() & {shape.get("type") for shape in shapes}:
+            kind = properties.get("kind", {}).get("const")
+            override = f"{above}={{kind: {kind}, {name}: true}}" if kind else f"{key}=true"
+            found, expected, remedy = refused(path, override)[f"--set {key}"]
+            assert (found, expected, remedy[:17]) == ("true (true or false)", due[number], "correct the value"), key
+            checked += 1
+    assert checked > 20
+    path = write(tmp_path, GOOD + "train: {batch_size: false, epochs: 0}\n")
+    assert list(refused(path)) == ["7: train.epochs", "7: train.batch_size"]
+
+
 def test_an_unknown_kind_hides_what_its_other_keys_seem_to_be(tmp_path):
     text = GOOD.replace("{kind: local, model:", "{kind: openai, base_url: x, model:")
     assert refused(write(tmp_path, text)) == {

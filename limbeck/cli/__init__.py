@@ -159,7 +159,9 @@ def report(recipe: _RecipePath, out: _Out, overrides: _Set = None, as_json: _Jso
 def show(run: _RunPath, as_json: _Json = False) -> None:
     """Show where a run stands: stages, scores with intervals, shares per teacher.
 
-    Works on a run that is not finished, and while another process works on it.
+    Works on a run that is not finished, and while another process works on it. What rests on something that
+    has been made anew since is to be done again, and is left out. Files are not compared with the ledger:
+    `limbeck ledger verify` does that.
     """
     from limbeck.cli.show import as_text, standing
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import JsonValue
 
 from limbeck.cli.edge import printable
+from limbeck.ledger.staleness import stale_stages
 from limbeck.ledger.store import Ledger
 from limbeck.records import Entry, Score
 from limbeck.run import STAGES
@@ -24,6 +24,9 @@ class StageState(NamedTuple):
 
     stage: str
     done: bool
+    """It has an entry, and nothing shows that it has to be done again."""
+    stale: bool
+    """It has an entry, but something it rests on has been made anew since."""
     started: str | None
     finished: str | None
     """ISO 8601, UTC."""
@@ -43,7 +46,7 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Standing:
-    """What a run has come to so far."""
+    """What a run has come to so far. What a stale stage made is left out."""
 
     run: str
     name: str
@@ -64,7 +67,7 @@ class Standing:
 
 
 def standing(root: str | os.PathLike[str]) -> Standing:
-    """Read where a run stands.
+    """Read where a run stands, as its ledger says; no file is compared with it.
 
     Raises:
         RunDirError: not a RUN directory.
@@ -80,15 +83,17 @@ def standing(root: str | os.PathLike[str]) -> Standing:
         with Ledger(run / "ledger.db", read_only=True) as ledger:
             entries = ledger.entries()
     latest = {entry.stage: entry for entry in entries}
+    stale = stale_stages(entries)
+    done = latest.keys() - stale
     result = open_result(run.root)
     return Standing(
         run=os.fspath(root),
         name=name,
-        stages=tuple(_state(stage.name, latest.get(stage.name)) for stage in STAGES),
-        scores=result.scores if "evaluate" in latest else (),
-        shares=_shares(run) if "render" in latest else (),
-        student=_if_done("train", latest, result.student),
-        report=_if_done("report", latest, result.report),
+        stages=tuple(_state(stage.name, latest.get(stage.name), stage.name in stale) for stage in STAGES),
+        scores=result.scores if "evaluate" in done else (),
+        shares=_shares(run) if "render" in done else (),
+        student=os.fspath(result.student) if "train" in done and result.student.exists() else None,
+        report=os.fspath(result.report) if "report" in done and result.report.exists() else None,
     )
 
 
@@ -110,22 +115,19 @@ def _shares(run: RunDir) -> tuple[Share, ...]:
     )
 
 
-def _if_done(stage: str, latest: Mapping[str, Entry], path: Path) -> str | None:
-    return os.fspath(path) if stage in latest and path.exists() else None
-
-
-def _state(stage: str, entry: Entry | None) -> StageState:
+def _state(stage: str, entry: Entry | None, stale: bool) -> StageState:
     if entry is None:
-        return StageState(stage, False, None, None, None, {})
+        return StageState(stage, False, False, None, None, None, {})
+    started, finished = entry.started.isoformat(), entry.finished.isoformat()
     seconds = (entry.finished - entry.started).total_seconds()
-    return StageState(stage, True, entry.started.isoformat(), entry.finished.isoformat(), seconds, entry.facts)
+    return StageState(stage, not stale, stale, started, finished, seconds, entry.facts)
 
 
 def as_text(result: Standing, *, facts: bool) -> str:
     """For a person at a terminal."""
     parts = [f"{result.name}   {result.run}", _table([_stage_row(stage) for stage in result.stages])]
     if facts:
-        rows = [row for stage in result.stages for row in _fact_rows(stage)]
+        rows = [row for stage in result.stages if stage.done for row in _fact_rows(stage)]
         parts += [_table(rows)] if rows else []
     if result.shares:
         parts.append(
@@ -150,6 +152,8 @@ def as_text(result: Standing, *, facts: bool) -> str:
 
 
 def _stage_row(state: StageState) -> tuple[str, ...]:
+    if state.stale:
+        return (state.stage, "to be done again: what it read has been made anew since")
     if not state.done or state.finished is None:
         return (state.stage, "not done yet")
     return (state.stage, f"done {state.finished[:19].replace('T', ' ')}Z", f"{state.seconds:,.1f} s")

@@ -13,6 +13,7 @@ The room:
     store         Ledger: the append-only file
     code          which code ran
     verification  verify, and the Verification it ends in
+    staleness     which stages rest on what has been made anew since
     parents       the checks that follow each record to its parents
     raw_answers   the journal as a verifier reads it
     paths         no path is read before it is sure that it lies in RUN

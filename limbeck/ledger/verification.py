@@ -30,6 +30,7 @@ import yaml
 from limbeck.errors import Problem, RunDirError
 from limbeck.ledger.canonical import CARD, EMPTY, digest_json, digest_path, manifest
 from limbeck.ledger.paths import OutsideError, refuse_other_than_run, safe_path
+from limbeck.ledger.staleness import inside_run, overtaken
 from limbeck.ledger.store import Ledger, chain_problems, entry_body, parse_entry
 from limbeck.records import Digest, Entry
 
@@ -183,7 +184,7 @@ def _arrows(entries: Sequence[Entry]) -> list[Problem]:
     problems: list[Problem] = []
     written: dict[str, tuple[Digest, Entry]] = {}
     for entry in entries:
-        for name, digest in _inside_run(entry.inputs).items():
+        for name, digest in inside_run(entry.inputs).items():
             where = f"entry {entry.index} ({entry.stage}): input {name}"
             if name not in written:
                 problems.append(
@@ -200,24 +201,16 @@ def _arrows(entries: Sequence[Entry]) -> list[Problem]:
                     )
                 )
         written |= {name: (digest, entry) for name, digest in entry.outputs.items()}
-    for entry in {entry.stage: entry for entry in entries}.values():
-        for name, digest in _inside_run(entry.inputs).items():
-            now, writer = written.get(name, (digest, entry))
-            if now != digest and writer.index > entry.index:
-                problems.append(
-                    Problem(
-                        f"entry {entry.index} ({entry.stage}): stale, made from an earlier {name}",
-                        digest,
-                        f"{now}, as entry {writer.index} ({writer.stage}) wrote it since",
-                        "run the same recipe again: the stage is then done anew",
-                    )
-                )
+    problems += [
+        Problem(
+            f"entry {entry.index} ({entry.stage}): stale, made from an earlier {name}",
+            entry.inputs[name],
+            f"{writer.outputs[name]}, as entry {writer.index} ({writer.stage}) wrote it since",
+            "run the same recipe again: the stage is then done anew",
+        )
+        for entry, name, writer in overtaken(entries)
+    ]
     return problems
-
-
-def _inside_run(inputs: Mapping[str, Digest]) -> dict[str, Digest]:
-    """Inputs that lie in RUN. Names such as `teacher:NAME` say what lies outside."""
-    return {name: digest for name, digest in inputs.items() if ":" not in name}
 
 
 def _files(root: Path, outputs: Mapping[str, tuple[Entry, Digest]]) -> tuple[frozenset[str], list[Problem]]:
@@ -301,7 +294,7 @@ def _progress_notes(entries: Sequence[Entry]) -> list[str]:
 
 
 def _all_inside(entries: Sequence[Entry]) -> set[str]:
-    return {name for entry in entries for name in _inside_run(entry.inputs)}
+    return {name for entry in entries for name in inside_run(entry.inputs)}
 
 
 def _strangers(root: Path, outputs: Mapping[str, object]) -> list[str]:
