@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from limbeck.errors import InputError, ModelError, Problem
+from limbeck.errors import InputError, ModelError, Problem, RecipeError
 from limbeck.ledger.canonical import digest_file
 from limbeck.recipe import FilePrompts, LocalTeacher, PretrainedStudent, PrunedStudent, Recipe, SelfPrompt
 from limbeck.records import Digest
@@ -45,6 +45,7 @@ def preflight(recipe: Recipe) -> dict[str, Digest]:
     _check_terms(recipe, errors)
     _check_references(recipe, errors)
     _raise(errors)
+    _check_learning(recipe, errors)
     digests |= _check_models(recipe, errors)
     _raise(errors)
     return digests
@@ -152,6 +153,32 @@ def _check_models(recipe: Recipe, errors: list[InputError]) -> dict[str, Digest]
             if isinstance(recipe.student, PrunedStudent) and key in ("teacher.model", "teacher.0.model"):
                 _check_layers(ref, recipe.student.layers, config.num_hidden_layers, errors)
     return digests
+
+
+def _check_learning(recipe: Recipe, errors: list[InputError]) -> None:
+    """Whether the loss can be computed from the signal, and the signal had while training."""
+    from limbeck.train.losses import check_pairing
+    from limbeck.train.stage import loss_of
+
+    with _noting(errors, "train.loss"):
+        check_pairing(loss_of(recipe.train), recipe.signal.kind, allow_biased=recipe.train.allow_biased)
+    problems = []
+    if recipe.signal.kind == "hidden" and len(recipe.teachers) > 1:
+        remedy = "use signal: {kind: sampled}, which stores what each teacher says, or name one teacher"
+        problems.append(Problem("signal.kind", f"hidden with {len(recipe.teachers)} teachers", "one teacher", remedy))
+    if recipe.train.on_policy and recipe.signal.kind != "hidden":
+        found, expected = (
+            f"on_policy with signal.kind: {recipe.signal.kind}",
+            "a live teacher, to say what it would have said",
+        )
+        problems.append(Problem("train.on_policy", found, expected, "set signal: {kind: hidden}"))
+    if recipe.train.on_policy and any(term.on == "text" for term in recipe.train.terms):
+        expected = "terms on the signal: the student's own text is nothing to imitate"
+        problems.append(
+            Problem("train.loss", "a term on text, with on_policy", expected, "remove the term, or on_policy")
+        )
+    if problems:
+        errors.append(RecipeError("what the student is to learn from does not fit together", problems))
 
 
 def _narrow(ref: str, width: int, tokens: int) -> ModelError:

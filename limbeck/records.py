@@ -155,6 +155,29 @@ class Example:
         return int(self.mask_T.sum())
 
 
+class Rollout(_Record):
+    """One answer that the student wrote while it learned, and learned from."""
+
+    step: int
+    """The optimiser step, from 0, that learned from it."""
+    slot: int
+    """Its number among the answers of that step."""
+    written_at: int
+    """Steps the student had learned when it wrote it; at most `step`."""
+    prompt_id: Digest
+    tokens: tuple[int, ...]
+    """What was written, with the token that ended it."""
+    text: str
+    finish_reason: str
+    """`stop`, or `length` (cut off at max_tokens)."""
+    created: datetime
+    """When the answer was journaled, UTC."""
+    request_id: Digest
+    """The journal's key: digest of the full request."""
+    response: Digest
+    """Digest of the raw answer in the journal."""
+
+
 class Checkpoint(_Record):
     """A model directory in Hugging Face layout."""
 

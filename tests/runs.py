@@ -20,7 +20,7 @@ from limbeck.collect.teachers import Answer, Request
 from limbeck.ledger.canonical import canonical, digest_bytes, digest_path, manifest
 from limbeck.ledger.store import SCHEMA, Ledger
 from limbeck.recipe import Recipe
-from limbeck.records import Completion, Message, Prompt, Split, Verdict
+from limbeck.records import Completion, Message, Prompt, Rollout, Split, Verdict
 from limbeck.render.examples import make_example, make_set, write_examples
 from limbeck.run import STAGES
 from limbeck.tables import read_records, write_records
@@ -176,6 +176,7 @@ def _scores(root: Path, _: Records) -> None:
 def _train(root: Path, records: Records) -> None:
     _folder("student")(root, records)
     (root / "training.json").write_text('{"steps": []}', encoding="utf-8")
+    write_records(root / "rollouts.parquet", [], Rollout)
 
 
 def _text(name: str) -> Callable[[Path, Records], None]:

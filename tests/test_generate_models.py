@@ -13,9 +13,8 @@ from sampling_oracle import STOPS, VOCABULARY, ragged, slow
 
 from limbeck.errors import ModelError
 from limbeck.generate import Generated, Sampling, sample_batch
-from limbeck.generate import attention as attention_module
-from limbeck.generate.attention import grouped_attention
 from limbeck.generate.cache import has_slots
+from limbeck.models import attention as attention_module
 
 
 @pytest.fixture(scope="module")
@@ -110,34 +109,17 @@ def test_a_model_without_a_key_value_cache_is_refused():
 # --- attention, and what the model is left as
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("heads", "key_heads"), [(9, 3), (4, 4), (4, 1)])
-def test_grouped_attention_is_softmax_attention(masked, heads, key_heads):
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(5, heads, 1, 8, generator=generator, dtype=torch.float64)
-    key, value = torch.randn(2, 5, key_heads, 13, 8, generator=generator, dtype=torch.float64)
-    seen = torch.rand(5, 1, 1, 13, generator=generator) < 0.7 if masked else torch.ones(5, 1, 1, 13, dtype=torch.bool)
-    seen[..., -1] = True
-    bias = torch.zeros(5, 1, 1, 13, dtype=torch.float64).masked_fill(~seen, torch.finfo(torch.float64).min)
-    output, weights = grouped_attention(torch.nn.Module(), query, key, value, bias if masked else None, scaling=0.3)
-    assert weights is None
-    for row in range(5):
-        for head in range(heads):
-            keys, values = key[row, head * key_heads // heads], value[row, head * key_heads // heads]
-            places = seen[row, 0, 0].nonzero()[:, 0]
-            expected = (0.3 * keys[places] @ query[row, head, 0]).softmax(0) @ values[places]
-            torch.testing.assert_close(output[row, 0, head], expected)
-
-
 def test_the_fast_attention_is_used_and_taken_back_also_after_an_error(model, monkeypatch):
     queries = []
     monkeypatch.setattr(
         attention_module.torch,
-        "baddbmm",
-        lambda *args, _true=torch.baddbmm, **kwargs: queries.append(1) or _true(*args, **kwargs),
+        "bmm",
+        lambda *args, _true=torch.bmm, **kwargs: queries.append(args[0].shape[1]) or _true(*args, **kwargs),
     )
     sample_batch(model, ragged(4), Sampling(3), stop_ids=(), seeds=range(4))
-    assert len(queries) == 2 * model.config.num_hidden_layers
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    decoding = [rows for rows in queries if rows == group]
+    assert len(decoding) == 2 * 2 * model.config.num_hidden_layers  # two products, for each token but the first
     assert model.config._attn_implementation == "sdpa"
 
     def fail(index: int, answer: Generated) -> None:

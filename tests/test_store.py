@@ -26,7 +26,7 @@ from limbeck.records import Split
 from limbeck.render.examples import make_example, make_set, write_examples
 from limbeck.signal.encoding import SampledArrays, decode_sampled, encode_sampled
 from limbeck.signal.sampling import threshold_sample
-from limbeck.signal.store import Planned, SignalKey, SignalStore, SignalWriter, write_text
+from limbeck.signal.store import Planned, SignalKey, SignalStore, SignalWriter, write_manifest_only
 from limbeck.signal.types import SampledSignal, TextSignal, concat
 
 D = digest_bytes(b"something")
@@ -311,7 +311,7 @@ def test_a_text_signal_is_read_from_the_examples(tmp_path):
         "kind": "text", "examples": SignalKey.digest_of(chats), "tau": None, "temperature": None,
         "precision": None,
     })  # fmt: skip
-    write_text(tmp_path / "signals", key, chats)
+    write_manifest_only(tmp_path / "signals", key, chats)
     write_examples(tmp_path / "examples", make_set(chats, tokenizer=D, templates={"a": D}, max_length=9))
     assert [p.name for p in (tmp_path / "signals").iterdir()] == ["manifest.json"]
     for store in (

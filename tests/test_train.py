@@ -24,7 +24,7 @@ from limbeck.recipe import Recipe
 from limbeck.render.examples import read_examples
 from limbeck.rundir import RunDir
 from limbeck.signal.store import SignalStore
-from limbeck.train.schedule import make_schedule
+from limbeck.train.schedule import cut, make_schedule
 from limbeck.train.stage import train
 from limbeck.train.trainer import last_checkpoint
 
@@ -53,23 +53,35 @@ def test_each_epoch_sees_every_example_once(lengths, batch_size, seed, pieces):
     schedule = make_schedule(lengths, batch_size=batch_size, epochs=2, pieces=pieces, seed=seed)
     for epoch in (0, 1):
         steps = schedule.steps[epoch * schedule.steps_per_epoch : (epoch + 1) * schedule.steps_per_epoch]
-        assert sorted(i for step in steps for micro in step for i in micro) == list(range(len(lengths)))
-    assert all(len(step) == pieces and all(step) for step in schedule.steps)
+        assert sorted(i for step in steps for i in step) == list(range(len(lengths)))
+    assert all(len(part) for step in schedule.steps for part in cut([lengths[i] for i in step], pieces))
 
 
-@given(lengths, st.integers(0, 3))
-def test_cutting_a_step_into_pieces_does_not_change_the_step(lengths, seed):
-    whole, halves = (make_schedule(lengths, batch_size=4, epochs=1.5, pieces=p, seed=seed) for p in (1, 2))
-    flat = [[sorted(i for micro in step for i in micro) for step in s.steps] for s in (whole, halves)]
-    assert flat[0] == flat[1]
+@given(lengths, st.sampled_from([1, 2, 3]))
+def test_pieces_of_a_step_are_the_step_without_loss_or_overlap(step, pieces):
+    parts = cut(step, pieces)
+    assert sorted(i for part in parts for i in part) == list(range(len(step)))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    longest = [max(step[i] for i in part) for part in parts]
+    assert longest == sorted(longest)
 
 
-@given(lengths, st.integers(0, 3), st.sampled_from([1, 2, 3]))
-def test_processes_share_the_schedule_without_loss_or_overlap(lengths, seed, processes):
-    schedule = make_schedule(lengths, batch_size=6, epochs=1, pieces=processes, seed=seed)
-    shares = [schedule.micro_batches(p, processes) for p in range(processes)]
-    assert {len(share) for share in shares} == {len(schedule.steps)}
-    assert sorted(i for share in shares for micro in share for i in micro) == list(range(len(lengths)))
+@given(lengths, st.floats(0, 1), st.floats(0, 1), st.integers(4, 9), st.integers(0, 3))
+def test_students_sequences_keep_to_their_share(lengths, start, end, batch_size, seed):
+    """Over any number of first steps, the sequences the student writes are within half of what their shares add up to;
+    both streams see every example once before any twice."""
+    assume((start, end) != (0, 0))
+    schedule = make_schedule(lengths, batch_size=batch_size, epochs=3, pieces=1, seed=seed, own=(start, end))
+    due = written = 0.0
+    for n, (step, prompts) in enumerate(zip(schedule.steps, schedule.prompts, strict=True)):
+        due += (len(step) + len(prompts)) * (start + (end - start) * n / max(1, len(schedule.steps) - 1))
+        written += len(prompts)
+        assert abs(due - written) <= 0.5 + 1e-6
+    for stream in (schedule.steps, schedule.prompts):
+        seen = [i for step in stream for i in step]
+        for first in range(0, len(seen), len(lengths)):
+            epoch = seen[first : first + len(lengths)]
+            assert len(set(epoch)) == len(epoch)
 
 
 def test_more_pieces_than_sequences_is_refused():
@@ -96,7 +108,7 @@ def test_first_loss_is_kl_by_an_independent_float64_loop(tiny_run, tmp_path):
     )
     model = AutoModelForCausalLM.from_pretrained(run / "beginning", dtype=torch.float64)
     total, count = 0.0, 0
-    for i in schedule.steps[0][0]:
+    for i in schedule.steps[0]:
         example = examples[i]
         with torch.no_grad():
             logits_TV = model(torch.from_numpy(example.tokens_T.astype(np.int64))[None]).logits[0]

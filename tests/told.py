@@ -21,7 +21,7 @@ from limbeck.evaluate.scores import write_scores
 from limbeck.ledger.canonical import digest_bytes, digest_path
 from limbeck.ledger.store import Ledger
 from limbeck.recipe import Recipe
-from limbeck.records import Completion, Message, Prompt, Score, Split, Verdict
+from limbeck.records import Completion, Message, Prompt, Rollout, Score, Split, Verdict
 from limbeck.render.examples import make_example, make_set, write_examples
 from limbeck.run import STAGES
 from limbeck.rundir import RunDir
@@ -68,6 +68,7 @@ def tell(root: Path, told: Told = PLAIN, *, until: str = "evaluate") -> tuple[Re
         (root / name).mkdir()
         (root / name / "config.json").write_text('{"num_hidden_layers": 20}', encoding="utf-8")
     (root / "training.json").write_text(json.dumps(training()), encoding="utf-8")
+    write_records(root / "rollouts.parquet", [], Rollout)
     write_scores(root / "scores.json", _scores(told))
     write_answers(root / "answers.json", [_answers(told, p) for p in prompts[:2]])
     if until == "card":

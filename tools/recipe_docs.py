@@ -19,7 +19,7 @@ A recipe is a YAML file. Unknown keys are errors; every key below can also be se
 `--set train.epochs=3` or `--set prompts.0.path=other.jsonl`. The same as a schema for editors:
 [recipe.schema.json](recipe.schema.json).
 
-This page is made from `limbeck/recipe.py` by `make docs`.
+This page is made from `limbeck/recipe/` by `make docs`.
 """
 
 

@@ -106,8 +106,8 @@ def _start(recipe: Recipe) -> str:
 def _settings(evidence: Evidence) -> list[tuple[str, str]]:
     settings, signal, done = evidence.recipe.train, evidence.recipe.signal, evidence.training
     return [
-        ("Loss", settings.loss),
-        ("Signal", signal.kind if signal.kind == "text" else f"{signal.kind}, tau {signal.tau:g}"),
+        ("Loss", settings.loss_in_words),
+        ("Signal", f"{signal.kind}, tau {signal.tau:g}" if signal.kind == "sampled" else signal.kind),
         ("Temperature of the loss", f"{settings.temperature:g}"),
         ("Epochs", f"{settings.epochs:g}"),
         ("Sequences a step", f"{settings.batch_size:,}"),

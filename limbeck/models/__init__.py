@@ -14,11 +14,12 @@ file. Code that a model brings along is never run.
     sources      resolve: from a reference to files and their digest
     load         tokenizers, configurations and models; GGUF files are converted once
     tokens       what decides tokenisation, its digest, and the refusal of another one
-    processor    what this machine computes with, and in which precision
+    processor    what this machine computes with, in which precision, and with which memory
+    attention    attention by plain matrix products, for the CPU
 """
 
 from limbeck.models.load import load_config, load_model, load_tokenizer, release
-from limbeck.models.processor import Precision, Processor, precision_dtype, processor
+from limbeck.models.processor import Precision, Processor, keep_memory, precision_dtype, processor
 from limbeck.models.references import check_reference
 from limbeck.models.sources import Source, resolve
 from limbeck.models.tokens import (
@@ -35,6 +36,7 @@ __all__ = [
     "Source",
     "chat_template",
     "check_reference",
+    "keep_memory",
     "load_config",
     "load_model",
     "load_tokenizer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from functools import cache
@@ -15,6 +16,9 @@ Precision = Literal["auto", "bf16", "float32"]
 
 _BF16 = ("amx_bf16", "avx512_bf16", "avx10_2", "bf16", "sve_bf16")
 """Instructions that multiply bf16 numbers: on x86, and on ARM by the names the kernel gives them."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Numbers of mallopt's parameters, from glibc's malloc.h."""
 
 
 class Processor(NamedTuple):
@@ -71,3 +75,19 @@ def precision_dtype(precision: Precision, device: str | None = None) -> torch.dt
         hardware = here.bf16 if device in (None, here.device) else bool(here.instructions)
         return torch.bfloat16 if hardware else torch.float32
     return {"bf16": torch.bfloat16, "float32": torch.float32}[precision]
+
+
+def keep_memory() -> bool:
+    """Let this process keep the memory it frees for its next tensors; whether the C library can.
+
+    By default glibc hands every freed tensor of more than a few MiB back to the kernel and asks for it again a moment
+    later; a training step on a CPU then spends about a fifth of its time on page faults. With large blocks taken from
+    the heap and the heap never trimmed (mallopt(3): M_MMAP_MAX, M_TRIM_THRESHOLD), the process stays as large as it
+    once was. It concerns everything in the process, so only stages that work on tensors call it.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version  # noqa: B018  only glibc has it
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))

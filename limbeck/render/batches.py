@@ -61,9 +61,38 @@ def padding_share(lengths: Sequence[int], grouped: Sequence[Sequence[int]]) -> f
     return 1 - tokens / positions if positions else 0.0
 
 
+def tiles(lengths: Sequence[int], *, most: float = PADDING) -> list[list[int]]:
+    """Sequences, by their numbers, in the fewest forward passes that pad at most a share `most` of the positions.
+
+    A gradient is a sum over sequences, so how they share passes does not change it. Sequences of like length go
+    together; for each number of passes, the cut that pads least is found by dynamic programming.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    sorted_N = [lengths[i] for i in order]
+    count, tokens = len(order), sum(sorted_N)
+    # best[k][j]: positions of the first j sequences in k + 1 passes, and where the last of these begins.
+    best = [[(j * sorted_N[j - 1] if j else 0, 0) for j in range(count + 1)]]
+    while best[-1][count][0] * (1 - most) > tokens:
+        before = best[-1]
+        best.append(
+            [
+                min((before[i][0] + (j - i) * sorted_N[j - 1], i) for i in range(j)) if j else (0, 0)
+                for j in range(count + 1)
+            ]
+        )
+    cuts, end = [], count
+    for row in reversed(best):
+        begin = row[end][1]
+        if end > begin:
+            cuts.append(order[begin:end])
+        end = begin
+    return cuts[::-1]
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Examples as tensors, padded on the right. B examples, T tokens the longest, N supervised tokens.
+    """Examples as tensors, padded on the right, or packed end to end in one row. B rows, T tokens the longest, N
+    supervised tokens.
 
     With `hidden_BTD` of a model that was given `tokens_BT`, row n of `hidden_BTD[predict_BT]` is the state
     that predicts `targets_N[n]`: the position before the target's own. The rows run through the examples in
@@ -80,6 +109,9 @@ class Batch:
     targets_N: Tensor
     """int64: the supervised tokens."""
     example_ids: tuple[str, ...]
+    positions_BT: Tensor | None = None
+    """int64: of each token in its own example, where examples are packed; a model that is given them keeps the examples
+    apart. None where each row is one example."""
 
     @property
     def supervised(self) -> int:
@@ -94,6 +126,7 @@ class Batch:
             self.predict_BT.to(device),
             self.targets_N.to(device),
             self.example_ids,
+            None if self.positions_BT is None else self.positions_BT.to(device),
         )
 
 
@@ -110,9 +143,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         tokens_BT[b, :size] = example.tokens_T
         attention_BT[b, :size] = 1
         mask_BT[b, :size] = example.mask_T
-    if mask_BT[:, :1].any():
-        first = [e.id for e in examples if e.mask_T[:1].any()]
-        raise ValueError(f"the first token of an example cannot be supervised, nothing predicts it: {', '.join(first)}")
+    _refuse_first_supervised(examples)
     predict_BT = np.zeros_like(mask_BT)
     predict_BT[:, :-1] = mask_BT[:, 1:]
     return Batch(
@@ -122,3 +153,26 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         torch.from_numpy(tokens_BT[mask_BT]),
         tuple(e.id for e in examples),
     )
+
+
+def collate_packed(examples: Sequence[Example]) -> Batch:
+    """The tensors of a batch in one row, without padding. Raises `ValueError` as `collate` does."""
+    _refuse_first_supervised(examples)
+    tokens_T = np.concatenate([e.tokens_T for e in examples]).astype(np.int64)
+    mask_T = np.concatenate([e.mask_T for e in examples])
+    positions_T = np.concatenate([np.arange(len(e.tokens_T)) for e in examples])
+    # No example begins with a supervised token, so none is predicted from the end of the one before.
+    predict_T = np.append(mask_T[1:], False)
+    return Batch(
+        torch.from_numpy(tokens_T)[None],
+        torch.ones(1, len(tokens_T), dtype=torch.int64),
+        torch.from_numpy(predict_T)[None],
+        torch.from_numpy(tokens_T[mask_T]),
+        tuple(e.id for e in examples),
+        torch.from_numpy(positions_T)[None],
+    )
+
+
+def _refuse_first_supervised(examples: Sequence[Example]) -> None:
+    if first := [e.id for e in examples if e.mask_T[:1].any()]:
+        raise ValueError(f"the first token of an example cannot be supervised, nothing predicts it: {', '.join(first)}")

@@ -215,7 +215,7 @@ def curve(evidence: Evidence) -> Markup | None:
 
 def curve_caption(evidence: Evidence) -> str:
     """What the curve shows."""
-    steps, loss = evidence.training.steps, one_line(evidence.training.loss or evidence.recipe.train.loss, 40)
+    steps, loss = evidence.training.steps, one_line(evidence.training.loss or evidence.recipe.train.loss_in_words, 40)
     return (
         f"{loss}, {several(len(steps), 'optimiser step')}, on the training prompts. Faint: the steps, in "
         "groups where there are many. Dark: their running mean. This is no score: what the student makes of "

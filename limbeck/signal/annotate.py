@@ -30,7 +30,7 @@ from limbeck.seeds import derive_seed
 from limbeck.signal.encoding import SampledArrays, encode_sampled
 from limbeck.signal.head import CHUNK, head_logits, hidden_states
 from limbeck.signal.sampling import from_logits
-from limbeck.signal.store import Planned, SignalKey, SignalStore, SignalWriter, write_text
+from limbeck.signal.store import Planned, SignalKey, SignalStore, SignalWriter, write_manifest_only
 from limbeck.signal.types import SampledSignal, concat
 
 _BATCH = 4096
@@ -62,8 +62,8 @@ def annotate(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
     plan = plan_shards(examples.train, [t.name for t in recipe.teachers])
     written = 0
     if not _there(run / "signals", key, examples):
-        if key.kind == "text":
-            write_text(run / "signals", key, examples.train)
+        if key.kind != "sampled":
+            write_manifest_only(run / "signals", key, examples.train)
         else:
             written = _write(recipe, run, key, plan)
     store = SignalStore.open(run / "signals", expect=key, examples=examples.train)
@@ -94,13 +94,10 @@ def signal_key(recipe: Recipe, examples: ExampleSet) -> SignalKey:
     if recipe.signal.kind == "text":
         return key
     precisions = {str(models.precision_dtype(t.precision)).removeprefix("torch.") for t in recipe.teachers}
-    return key.model_copy(
-        update={
-            "tau": recipe.signal.tau,
-            "temperature": recipe.train.temperature,
-            "precision": ", ".join(sorted(precisions)),
-        }
-    )
+    key = key.model_copy(update={"precision": ", ".join(sorted(precisions))})
+    if recipe.signal.kind == "hidden":
+        return key
+    return key.model_copy(update={"tau": recipe.signal.tau, "temperature": recipe.train.temperature})
 
 
 def plan_shards(examples: Sequence[Example], teachers: Sequence[str]) -> list[list[Batch]]:
@@ -236,6 +233,8 @@ def _facts(store: SignalStore) -> dict[str, JsonValue]:
     }
     if key.kind == "text":
         return facts
+    if key.kind == "hidden":
+        return facts | {"precision": key.precision}
     entropy = mass = 0.0
     for signal in store.shards():
         assert isinstance(signal, SampledSignal)

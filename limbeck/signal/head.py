@@ -78,12 +78,14 @@ def body_of(model: PreTrainedModel) -> nn.Module:
     return body
 
 
-def hidden_states(model: PreTrainedModel, tokens_BT: Tensor, attention_BT: Tensor | None = None) -> Tensor:
+def hidden_states(model: PreTrainedModel, tokens_BT: Tensor, *, position_ids_BT: Tensor | None = None) -> Tensor:
     """The body's last hidden states, [B, T, D], after the final norm: what the head is given.
 
-    `attention_BT` is 1 where there is a token and 0 where there is padding; padding comes after the tokens.
+    Padding comes after the tokens, where causal attention never looks from one, so no mask is needed. Where examples
+    are packed in one row, `position_ids_BT` count from 0 in each, and the model keeps them apart.
     """
-    return body_of(model)(input_ids=tokens_BT, attention_mask=attention_BT, use_cache=False).last_hidden_state
+    packed = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
+    return body_of(model)(input_ids=tokens_BT, use_cache=False, **packed).last_hidden_state
 
 
 def head_logits(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:

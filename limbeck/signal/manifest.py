@@ -21,7 +21,7 @@ class SignalKey(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["sampled", "text"]
+    kind: Literal["sampled", "text", "hidden"]
     tokenizer: Digest
     templates: dict[str, Digest]
     """Of the chat template of each teacher, by its name."""
@@ -76,7 +76,7 @@ class SignalManifest(BaseModel):
     shards: tuple[Shard, ...] = ()
 
     @property
-    def kind(self) -> Literal["sampled", "text"]:
+    def kind(self) -> Literal["sampled", "text", "hidden"]:
         """Kind of the signals."""
         return self.key.kind
 

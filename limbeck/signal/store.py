@@ -134,10 +134,13 @@ class SignalWriter:
         return manifest
 
 
-def write_text(directory: str | os.PathLike[str], key: SignalKey, examples: Sequence[Example]) -> SignalManifest:
-    """Write the store of a text signal: its manifest."""
+def write_manifest_only(
+    directory: str | os.PathLike[str], key: SignalKey, examples: Sequence[Example]
+) -> SignalManifest:
+    """Write the store of a signal that is read off elsewhere: the examples' text, or a live teacher."""
     positions = sum(e.supervised for e in examples)
-    counts = Counts(examples=len(examples), positions=positions, entries=positions, bytes=0)
+    entries = positions if key.kind == "text" else 0
+    counts = Counts(examples=len(examples), positions=positions, entries=entries, bytes=0)
     manifest = SignalManifest(key=key, counts=counts)
     with atomic(directory) as half:
         half.mkdir()
@@ -240,7 +243,7 @@ class SignalStore:
         manifest = read_manifest(root)
         if expect is not None:
             refuse_stale(root, manifest.key, expect)
-        if manifest.kind == "text":
+        if manifest.kind != "sampled":
             if examples is None:
                 examples = read_examples(root.parent / "examples").train
             refuse_stale(
@@ -278,6 +281,11 @@ class SignalStore:
 
         """
         rows, key = self._find(example_ids), self.manifest.key
+        if key.kind == "hidden":
+            problem = Problem(
+                str(self.root), "signals of kind hidden", "stored signals", "ask train.sources.LiveTeacher"
+            )
+            raise InputError("a live teacher's signal is not stored", [problem])
         if key.kind == "text":
             texts = [self._texts[i] for i in example_ids]
             ids_N = np.concatenate([e.tokens_T[e.mask_T] for e in texts]) if texts else np.zeros(0, np.int32)

@@ -150,11 +150,14 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        """Scales what forward found. Rows of a head beyond the vocabulary get 0."""
+        """Scales what forward found, unless the scale is 1. Rows of a head beyond the vocabulary get 0."""
         grads: list[Tensor | None] = []
+        unscaled = not grad_outputs[0].is_cuda and float(grad_outputs[0]) == 1
         for found, kind in zip(ctx.saved_tensors, ctx.types, strict=True):
             grad = None
-            if found is not None:
+            if unscaled and found is not None and kind == (found.shape, found.dtype):
+                grad = found
+            elif found is not None:
                 shape, dtype = kind
                 grad = found.new_empty(shape, dtype=dtype)
                 grad[len(found) :].zero_()

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import JsonValue
 from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from limbeck import models
+from limbeck import recipe as recipe_
+from limbeck.collect.journal import Journal
 from limbeck.ledger.canonical import digest_json, digest_path
 from limbeck.progress import Line
 from limbeck.recipe import Recipe
+from limbeck.records import Digest, Rollout
 from limbeck.render.examples import ExampleSet, read_examples
 from limbeck.rundir import RunDir, atomic
 from limbeck.seeds import derive_seed
 from limbeck.signal.annotate import signal_key
 from limbeck.signal.head import head_of
 from limbeck.signal.store import SignalStore
-from limbeck.train.losses import check_pairing
+from limbeck.tables import write_records
+from limbeck.train.feed import Feed
+from limbeck.train.losses import Loss, check_pairing
+from limbeck.train.rollouts import Rollouts
 from limbeck.train.schedule import Schedule, make_schedule
+from limbeck.train.sources import LiveTeacher, SignalSource, Stored
 from limbeck.train.trainer import DistillationTrainer, SealCheckpoints, last_checkpoint
 
 
@@ -31,43 +39,105 @@ def train(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
     """Train the student; resumes from the last complete checkpoint under RUN/checkpoints."""
     settings = recipe.train
     models.release()
+    models.keep_memory()
     examples = read_examples(run / "examples")
     store = SignalStore.open(run / "signals", expect=signal_key(recipe, examples), examples=examples.train)
-    check_pairing(settings.loss, store.manifest.kind)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    schedule = make_schedule(
-        [len(e.tokens_T) for e in examples.train],
-        batch_size=settings.batch_size,
-        epochs=settings.epochs,
-        pieces=processes * settings.accumulate,
-        seed=derive_seed(recipe.seed, "train", "order"),
-    )
+    loss = loss_of(settings)
+    check_pairing(loss, store.manifest.kind, allow_biased=settings.allow_biased)
+    schedule = _schedule(recipe, examples)
     dtype = models.precision_dtype(settings.precision)
-    model = AutoModelForCausalLM.from_pretrained(run / "beginning", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        run / "beginning", dtype=torch.float32, **({"attn_implementation": "flash_attention_2"} if varlen() else {})
+    )
     head_of(model)  # proves the head in parts now: under the trainer's autocast its products would be rounded
     tokenizer = models.load_tokenizer(str(run / "beginning"))
-    _forget_other_checkpoints(run, recipe, schedule)
+    made_from = _forget_other_checkpoints(run, recipe, schedule)
     resume = last_checkpoint(run / "checkpoints")
-    with run.progress.line("train", len(schedule.steps), "steps") as line:
+    with Journal(run / "journal.db") as journal, run.progress.line("train", len(schedule.steps), "steps") as line:
+        rollouts = settings.on_policy and Rollouts(
+            model,
+            tokenizer,
+            examples=examples.train,
+            schedule=schedule,
+            settings=settings.on_policy,
+            journal=journal,
+            made_from=made_from,
+            seed=recipe.seed,
+            dtype=dtype,
+        )
+        feed = Feed(
+            examples.train,
+            schedule,
+            own_answers=rollouts.answers if rollouts else None,
+            accumulate=settings.accumulate,
+            packed=packed(settings.layout),
+        )
         trainer = DistillationTrainer(
             model,
-            examples=examples.train,
-            source=store,
-            loss=settings.loss,
+            feed=feed,
+            source=_source(recipe, store),
+            loss=loss,
             temperature=settings.temperature,
-            schedule=schedule,
-            pad_id=0,  # never looked at: padding stands to the right of every token
-            args=_arguments(recipe, run / "checkpoints", len(schedule.steps), dtype),
+            allow_biased=settings.allow_biased,
+            args=arguments(recipe, run / "checkpoints", len(schedule.steps), dtype),
             callbacks=[SealCheckpoints(), _Show(line)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        write_records(run / "rollouts.parquet", rollouts.records() if rollouts else (), Rollout)
     _save_student(model, tokenizer, run, dtype)
-    return _record(recipe, run, trainer.state.log_history, model, schedule, examples, dtype)
+    return _record(recipe, run, trainer.state.log_history, model, schedule, examples, dtype, feed)
 
 
-def _forget_other_checkpoints(run: RunDir, recipe: Recipe, schedule: Schedule) -> None:
-    """Checkpoints are resumed from only if they were made from the same beginning, examples, signals and order."""
+def _schedule(recipe: Recipe, examples: ExampleSet) -> Schedule:
+    settings, own = recipe.train, recipe.train.on_policy
+    start = own and (own.share if own.share_at_start is None else own.share_at_start)
+    return make_schedule(
+        [len(e.tokens_T) for e in examples.train],
+        batch_size=settings.batch_size,
+        epochs=settings.epochs,
+        pieces=settings.accumulate,
+        seed=derive_seed(recipe.seed, "train", "order"),
+        own=(start or 0.0, own.share if own else 0.0),
+    )
+
+
+def varlen() -> bool:
+    """Whether attention over packed sequences costs no more than over each by itself: on a GPU with flash attention."""
+    return torch.cuda.is_available() and is_flash_attn_2_available()
+
+
+def packed(layout: Literal["auto", "padded", "packed"]) -> bool:
+    """Whether sequences are packed in one row. On a CPU, passes over sequences of like length are faster."""
+    return layout == "packed" or (layout == "auto" and varlen())
+
+
+def loss_of(settings: recipe_.Train) -> tuple[Loss, ...]:
+    """The recipe's loss as the weighted sum that the losses know."""
+    return tuple(
+        Loss(
+            term.name,
+            term.beta if term.beta is not None else term.alpha,
+            term.weight,
+            "text" if term.on == "text" else None,
+            term.temperature,
+        )
+        for term in settings.terms
+    )
+
+
+def _source(recipe: Recipe, store: SignalStore) -> SignalSource:
+    if store.manifest.kind != "hidden":
+        return Stored(store)
+    teacher = recipe.teachers[0]
+    model = models.load_model(teacher.model, teacher.precision, models.processor().device)
+    return LiveTeacher(model, store.manifest.key.vocab_size)
+
+
+def _forget_other_checkpoints(run: RunDir, recipe: Recipe, schedule: Schedule) -> Digest:
+    """Checkpoints are resumed from only if they were made from the same beginning, examples, signals and order. Returns
+    the digest of all these.
+    """
     made_from = [digest_path(run / name) for name in ("beginning", "examples", "signals")]
     key = digest_json([recipe.digest, schedule.digest, *made_from])
     mark = run / "checkpoints" / "made_from"
@@ -75,9 +145,10 @@ def _forget_other_checkpoints(run: RunDir, recipe: Recipe, schedule: Schedule) -
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
         with atomic(mark) as half:
             half.write_text(key, encoding="utf-8")
+    return key
 
 
-def _arguments(recipe: Recipe, directory: Path, steps: int, dtype: torch.dtype) -> TrainingArguments:
+def arguments(recipe: Recipe, directory: Path, steps: int, dtype: torch.dtype) -> TrainingArguments:
     """The recipe in the library's words. One item of our data set is a micro-batch, and all epochs are one pass."""
     settings = recipe.train
     return TrainingArguments(
@@ -102,6 +173,7 @@ def _arguments(recipe: Recipe, directory: Path, steps: int, dtype: torch.dtype) 
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
+        activation_checkpointing=settings.activation_checkpointing,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
@@ -138,6 +210,7 @@ def _record(
     schedule: Schedule,
     examples: ExampleSet,
     dtype: torch.dtype,
+    feed: Feed,
 ) -> dict[str, JsonValue]:
     """Writes the loss curve; returns the facts of the stage."""
     rows = [row for row in history if "loss" in row]
@@ -153,13 +226,13 @@ def _record(
         for row in rows
     ]
     facts: dict[str, JsonValue] = {
-        "loss": recipe.train.loss,
+        "loss": recipe.train.loss_in_words,
         "unit": "nats a token",
         "precision": str(dtype).removeprefix("torch."),
         "examples": len(examples.train),
         "tokens": rows[-1]["tokens"],
         "seconds": rows[-1]["seconds"],
-        "padding": schedule.padding,
+        "padding": feed.counts.padding,
         "order": schedule.digest,
         "parameters": model.num_parameters(),
     }

@@ -1,8 +1,8 @@
 """The trainer: `transformers.Trainer` with our loss, our order, and the exact denominator.
 
 What is ours: the loss is a sum of nats over supervised positions, divided by the number of supervised tokens of the
-whole optimiser step over all micro-batches and processes; the batches come from a `Schedule`. Everything else (mixed
-precision, schedules, saving, resuming, FSDP and DeepSpeed through accelerate) is the library's.
+whole optimiser step over all micro-batches and processes; what is learned from comes from a `Feed`. Everything else
+(mixed precision, learning-rate schedules, saving, resuming, FSDP and DeepSpeed through accelerate) is the library's.
 """
 
 from __future__ import annotations
@@ -11,120 +11,115 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from limbeck.records import Example
-from limbeck.render.batches import Batch, collate
+from limbeck.models.attention import fast_attention
+from limbeck.render.batches import Batch
 from limbeck.signal.head import head_of, hidden_states
-from limbeck.signal.types import Signal
+from limbeck.signal.types import Signal, TextSignal
+from limbeck.train.feed import Feed, MicroBatch
 from limbeck.train.fused import fused_loss
-from limbeck.train.losses import LossSpec
-from limbeck.train.schedule import Schedule
+from limbeck.train.losses import LossSpec, terms_of
+from limbeck.train.sources import SignalSource
 
 _COMPLETE = "complete"
 """A file put into a checkpoint when all of it is on the disk; a checkpoint without it was cut short."""
 
 
-class SignalSource(Protocol):
-    """Where a batch's teacher signal comes from: a store on disk, or a live teacher."""
-
-    def take(self, example_ids: Sequence[str]) -> Signal:
-        """The signal over the supervised positions of these examples, concatenated in order."""
-        ...
-
-
-class MicroBatches(Dataset[dict[str, Any]]):
-    """One micro-batch an item, in the order of the schedule."""
-
-    def __init__(self, examples: Sequence[Example], order: Sequence[Sequence[int]], pad_id: int):
-        self._examples, self._order, self._pad_id = examples, order, pad_id
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        batch = collate([self._examples[i] for i in self._order[index]], self._pad_id)
-        return {"input_ids": batch.tokens_BT, "batch": batch}
-
-
 class DistillationTrainer(Trainer):
-    """Trains `model` on `examples` against the teacher's `source`, with `loss`, in the order of `schedule`."""
+    """Trains `model` on what `feed` brings against the teacher's `source`, with `loss`."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         *,
-        examples: Sequence[Example],
+        feed: Feed,
         source: SignalSource,
         loss: LossSpec,
         temperature: float,
-        schedule: Schedule,
-        pad_id: int,
+        allow_biased: bool = False,
         **kwargs: Any,
     ):
         super().__init__(model=model, **kwargs)
-        self._source, self._loss, self._temperature = source, loss, temperature
-        processes = self.args.world_size
-        self._micro = MicroBatches(examples, schedule.micro_batches(self.args.process_index, processes), pad_id)
-        self._tokens_by_step = _running_tokens(examples, schedule)
+        self._feed, self._source = feed, source
+        self._loss, self._temperature, self._allow_biased = loss, temperature, allow_biased
+        self._on_text = any(term.on == "text" for term in terms_of(loss))
         # Our compute_loss already divides by the tokens of the whole step.
         self.loss_is_scaled_for_ga = True
-        self._since = time.monotonic()
+        self._since, self._tokens = time.monotonic(), 0
 
-    def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the library's, with attention that is fast on a CPU. In the backward pass too, which may compute layers
+        again.
+        """
+        with fast_attention(cast("PreTrainedModel", self.model)):
+            return super().train(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """The micro-batches of this process. The schedule has cut them; accelerate must not cut them again."""
-        return DataLoader(self._micro, batch_size=1, shuffle=False, collate_fn=_only)
+        return DataLoader(self._feed, batch_size=1, shuffle=False, collate_fn=_only)
 
-    def get_batch_samples(self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device):
-        """The next micro-batches, and the supervised tokens of the whole step over all processes."""
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device):
+        """The next micro-batches, and the supervised tokens of the whole step over all processes.
+
+        They are counted after the student has written its answers, where it writes any.
+        """
         samples = [item for _, item in zip(range(num_batches), epoch_iterator, strict=False)]
-        count = torch.tensor(sum(item["batch"].supervised for item in samples), device=device)
+        count = torch.tensor(sum(item["micro_batch"].supervised for item in samples), device=device)
         if self.args.world_size > 1:
             count = cast("torch.Tensor", self.accelerator.gather(count.unsqueeze(0))).sum()
+        self._tokens = int(count)
         return samples, count
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Nats a supervised token: the sum over this micro-batch, over the tokens of the whole step.
 
         Distributed wrappers average gradients over processes; the factor undoes that, since the denominator already
-        counts every process's tokens.
+        counts every process's tokens. It goes into the loss as a weight of each position, so that the gradient needs no
+        pass over the head to be scaled.
         """
-        batch = cast("Batch", inputs["batch"]).to(self.args.device)
-        signal = self._source.take(batch.example_ids).to(self.args.device)
+        passes = cast("MicroBatch", inputs["micro_batch"]).passes
         bare = self.accelerator.unwrap_model(model)
-        with self.accelerator.autocast():
-            total = through_wrapper(model, bare, lambda: self._nats(bare, batch, signal))
-        return total / cast("torch.Tensor", num_items_in_batch) * self.args.world_size
+        weight = self.args.world_size / int(cast("torch.Tensor", num_items_in_batch))
 
-    def _nats(self, model: PreTrainedModel, batch: Batch, signal: Signal) -> torch.Tensor:
-        # No attention mask: padding stands to the right, where causal attention never looks from a real token.
-        hidden_BTD = hidden_states(model, batch.tokens_BT)
+        def nats() -> torch.Tensor:
+            # One call of the wrapper for all passes: it synchronises gradients once a call.
+            return torch.stack([self._nats(bare, batch.to(self.args.device), weight) for batch in passes]).sum()
+
+        with self.accelerator.autocast():
+            return through_wrapper(model, bare, nats)
+
+    def _nats(self, model: PreTrainedModel, batch: Batch, weight: float) -> torch.Tensor:
+        signal: Signal = self._source.take(batch).to(batch.tokens_BT.device)
+        hidden_BTD = hidden_states(model, batch.tokens_BT, position_ids_BT=batch.positions_BT)
         head = head_of(model)
         return fused_loss(
             hidden_BTD[batch.predict_BT],
             head.weight,
-            signal,
+            [signal, TextSignal(batch.targets_N, signal.vocab_size)] if self._on_text else signal,
             loss=self._loss,
             temperature=self._temperature,
             head_bias=head.bias,
             logit_scale=head.scale,
             softcap=head.softcap,
+            weights=torch.full((batch.supervised,), weight, device=batch.tokens_BT.device),
+            allow_biased=self._allow_biased,
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what the loss curve needs: supervised tokens seen so far, and seconds of training so far."""
         if "loss" in logs:
             now = time.monotonic()
-            before = next((row["seconds"] for row in reversed(self.state.log_history) if "seconds" in row), 0.0)
+            last = next((row for row in reversed(self.state.log_history) if "seconds" in row), {})
             logs |= {
-                "tokens": self._tokens_by_step[self.state.global_step - 1],
-                "seconds": before + now - self._since,
+                "tokens": last.get("tokens", 0) + self._tokens,
+                "seconds": last.get("seconds", 0.0) + now - self._since,
             }
             self._since = now
         super().log(logs, start_time)
@@ -146,16 +141,9 @@ def through_wrapper(wrapped: torch.nn.Module, bare: torch.nn.Module, work: Calla
         bare.forward = forward  # type: ignore[method-assign]
 
 
-def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
-    return items[0]
-
-
-def _running_tokens(examples: Sequence[Example], schedule: Schedule) -> list[int]:
-    total, running = 0, []
-    for step in schedule.steps:
-        total += sum(examples[i].supervised for micro in step for i in micro)
-        running.append(total)
-    return running
+def _only(items: list[MicroBatch]) -> dict[str, Any]:
+    """A micro-batch in the dictionary that the library asks for; it counts tokens by `input_ids`."""
+    return {"input_ids": items[0].passes[0].tokens_BT, "micro_batch": items[0]}
 
 
 class SealCheckpoints(TrainerCallback):

@@ -11,49 +11,24 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
     model_validator,
 )
-from pydantic_core import PydanticCustomError, PydanticKnownError
+from pydantic_core import PydanticCustomError
 
 from limbeck.errors import Problem
 from limbeck.ledger.canonical import digest_json
+from limbeck.recipe.parts import WHOLE, NonNegativeFloat, NonNegativeInt, Part, PositiveFloat, PositiveInt, Probability
+from limbeck.recipe.train import HiddenSignalSettings as HiddenSignalSettings
+from limbeck.recipe.train import LossTerm as LossTerm
+from limbeck.recipe.train import OnPolicy as OnPolicy
+from limbeck.recipe.train import SampledSignalSettings, Signal, Train
+from limbeck.recipe.train import TextSignalSettings as TextSignalSettings
 
 
-class _Part(BaseModel):
-    # An infinite or undefined number has no canonical JSON, so a recipe with one would have no digest.
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-def _no_truth(error: Literal["int_type", "float_type"]) -> BeforeValidator:
-    """Refuses true and false where a number is due: pydantic would take them for 1 and 0."""
-
-    def refuse(value: object) -> object:
-        if isinstance(value, bool):
-            raise PydanticKnownError(error)
-        return value
-
-    return BeforeValidator(refuse)
-
-
-# Part of the types, because pydantic allows no validator for every key of `_Part`: none may stand before the `kind`
-# that tells variants apart. Last in them, because otherwise the JSON Schema would lose the limits.
-_WHOLE = _no_truth("int_type")
-_NUMBER = _no_truth("float_type")
-
-PositiveInt = Annotated[int, Field(gt=0), _WHOLE]
-NonNegativeInt = Annotated[int, Field(ge=0), _WHOLE]
-PositiveFloat = Annotated[float, Field(gt=0), _NUMBER]
-NonNegativeFloat = Annotated[float, Field(ge=0), _NUMBER]
-Probability = Annotated[float, Field(gt=0, le=1), _NUMBER]
-
-
-class Use(_Part):
+class Use(Part):
     """What the student is for, which `limbeck terms check` decides on. What is not said is taken in its strictest
     sense.
     """
@@ -66,7 +41,7 @@ class Use(_Part):
     """Whether money is made with it."""
 
 
-class LocalTeacher(_Part):
+class LocalTeacher(Part):
     """A teacher whose weights are on this machine, run by transformers."""
 
     kind: Literal["local"] = "local"
@@ -99,7 +74,7 @@ Teachers = Annotated[
 """One teacher or a list. Told apart by shape, so that an error speaks of the form that was written only."""
 
 
-class FilePrompts(_Part):
+class FilePrompts(Part):
     """Prompts from a JSONL, Parquet or CSV file, with rows of `messages` or of `prompt`."""
 
     kind: Literal["file"] = "file"
@@ -116,7 +91,7 @@ class FilePrompts(_Part):
     """Use only the first so many different prompts."""
 
 
-class SelfPrompt(_Part):
+class SelfPrompt(Part):
     """Prompts the teacher writes itself: it is given its own chat template up to the user's turn."""
 
     kind: Literal["self-prompt"] = "self-prompt"
@@ -136,14 +111,14 @@ class SelfPrompt(_Part):
 PromptSource = Annotated[FilePrompts | SelfPrompt, Field(discriminator="kind")]
 
 
-class Budget(_Part):
+class Budget(Part):
     """Hard caps: what a request could cost at worst is set aside before it is sent."""
 
     money: PositiveFloat | None = None
     """US dollars that all requests together may cost; null is no cap. A local teacher costs none."""
 
 
-class Collect(_Part):
+class Collect(Part):
     """How the teacher is asked."""
 
     max_tokens: PositiveInt = 256
@@ -160,7 +135,7 @@ class Collect(_Part):
     """What collecting may cost."""
 
 
-class Curate(_Part):
+class Curate(Part):
     """Which answers are kept."""
 
     min_characters: NonNegativeInt = 1
@@ -173,7 +148,7 @@ class Curate(_Part):
     """Drop answers that were kept before, word for word; under 64 characters only within the same prompt."""
 
 
-class PrunedStudent(_Part):
+class PrunedStudent(Part):
     """The teacher with layers removed."""
 
     kind: Literal["pruned"] = "pruned"
@@ -186,7 +161,7 @@ class PrunedStudent(_Part):
     """
 
 
-class PretrainedStudent(_Part):
+class PretrainedStudent(Part):
     """Any pretrained model with the teacher's tokenizer."""
 
     kind: Literal["pretrained"] = "pretrained"
@@ -198,59 +173,7 @@ class PretrainedStudent(_Part):
 Student = Annotated[PrunedStudent | PretrainedStudent, Field(discriminator="kind")]
 
 
-class SampledSignalSettings(_Part):
-    """Threshold-sampled teacher distributions, stored once and read by every epoch."""
-
-    kind: Literal["sampled"] = "sampled"
-    """Distributions, sampled."""
-    tau: Probability = 0.02
-    """Tokens with at least this probability are stored exactly; rarer ones by chance, weighing tau."""
-
-
-class TextSignalSettings(_Part):
-    """The teacher's text only."""
-
-    kind: Literal["text"] = "text"
-    """Text only."""
-
-
-Signal = Annotated[SampledSignalSettings | TextSignalSettings, Field(discriminator="kind")]
-
-
-class Train(_Part):
-    """How the student learns."""
-
-    loss: Literal["forward_kl", "cross_entropy"] = "forward_kl"
-    """`forward_kl` needs a signal that holds distributions; `cross_entropy` learns from the text."""
-    temperature: PositiveFloat = 1.0
-    """Softens both distributions before they are compared; 1 leaves them as they are."""
-    epochs: PositiveFloat = 2
-    """Passes over the training examples; a fraction is allowed."""
-    learning_rate: PositiveFloat = 3e-4
-    """The highest learning rate, reached after the warm-up."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up: to 0 along a cosine or a line, or not at all."""
-    warmup: Annotated[float, Field(ge=0, lt=1), _NUMBER] = 0.05
-    """Share of the steps over which the learning rate rises from 0."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay of AdamW."""
-    beta2: Annotated[float, Field(gt=0, lt=1), _NUMBER] = 0.95
-    """AdamW's memory of squared gradients; short runs want less of it than the usual 0.999."""
-    clip: PositiveFloat = 1.0
-    """Largest norm of the gradient."""
-    batch_size: PositiveInt = 8
-    """Sequences a step, over all devices."""
-    accumulate: PositiveInt = 1
-    """Pieces a step is computed in; the gradient stays the same."""
-    max_length: PositiveInt = 2048
-    """Longest sequence in tokens; longer ones are left out and counted."""
-    precision: Literal["auto", "bf16", "float32"] = "auto"
-    """`auto` takes bf16 where the processor multiplies it in hardware."""
-    checkpoint_every: PositiveInt = 25
-    """Optimiser steps between checkpoints that a killed run resumes from."""
-
-
-class Evaluate(_Part):
+class Evaluate(Part):
     """What is measured on prompts the student never trained on."""
 
     held_out: PositiveInt = 32
@@ -261,12 +184,12 @@ class Evaluate(_Part):
     """Longest of those answers, in tokens."""
 
 
-class Recipe(_Part):
+class Recipe(Part):
     """Everything a run depends on."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=96)]
     """Names the student."""
-    seed: Annotated[int, Field(ge=0, lt=2**53), _WHOLE] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**53), WHOLE] = 0
     """All randomness of the run derives from it."""
     use: Use = Use()
     """What the student is for."""
@@ -308,15 +231,6 @@ class Recipe(_Part):
                     f"listed more than once: {', '.join(twice)}",
                     "each model once",
                     "remove it, or use collect.samples for more answers",
-                )
-            )
-        if self.train.loss == "forward_kl" and self.signal.kind == "text":
-            problems.append(
-                Problem(
-                    "train.loss",
-                    "forward_kl with signal.kind: text, which holds no distributions",
-                    "a signal with distributions, or a loss that learns from text",
-                    "use signal: {kind: sampled}, or train.loss: cross_entropy",
                 )
             )
         if self.train.accumulate > self.train.batch_size:

@@ -1,0 +1,134 @@
+"""Attention by plain matrix products, which on a CPU are faster than torch's flash kernel for it.
+
+Query heads that share a key head become the rows of one product: queries [B, heads, T, d] are read as [B * key heads,
+group * T, d], so that keys and values [B, key heads, S, d] are neither repeated nor copied. The probabilities are held
+whole, [B, heads, T, S], as long as there are few enough of them; longer sequences go torch's way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+_NAME = "limbeck_grouped"
+_BEYOND = ("position_bias", "softcap", "cache")
+"""Arguments of `sdpa` that change more than the mask."""
+_MOST = 1 << 24
+"""Probabilities of one layer that are held at a time: 32 MiB in bfloat16. Eight sequences of 480 tokens with nine heads
+have as many. Past twice that torch's kernel is as fast and holds none."""
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What `sdpa_attention_forward` computes. `attention_mask` is additive, [B or 1, 1, T, S], as the mask function of
+    this attention makes it. Anything else goes torch's way: dropout, soft caps, more probabilities than are held.
+    """
+    batch, heads, length, width = query.shape
+    additive = attention_mask is not None and attention_mask.is_floating_point() and attention_mask.shape[1] == 1
+    beyond = dropout or any(kwargs.get(name) is not None for name in _BEYOND)
+    held = length == 1 or (additive and _few(batch * heads * length * key.shape[2]))
+    if beyond or not held or not (additive or attention_mask is None) or batch != key.shape[0]:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    scale = width**-0.5 if scaling is None else scaling
+    mixed = _Grouped.apply(query, key, value, attention_mask, scale)
+    return mixed.transpose(1, 2), None  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _few(probabilities: int) -> bool:
+    return probabilities <= _MOST
+
+
+class _Grouped(torch.autograd.Function):
+    """softmax(scale * query @ key.T + mask) @ value, [B, heads, T, d]; keeps the probabilities for the gradient.
+
+    With probabilities p and the gradient g of p @ value, the gradient of the scores is p * (g @ value.T - r), where r
+    is the sum of p * (g @ value.T) over a row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        batch, heads, length, width = query.shape
+        kv = key.shape[1]
+        q_NRd = query.reshape(batch * kv, heads // kv * length, width)
+        k_NSd, v_NSd = key.flatten(0, 1), value.flatten(0, 1)
+        if torch.is_autocast_enabled(query.device.type):
+            dtype = torch.get_autocast_dtype(query.device.type)
+            q_NRd, k_NSd, v_NSd = q_NRd.to(dtype), k_NSd.to(dtype), v_NSd.to(dtype)
+        with torch.autocast(query.device.type, enabled=False):
+            scores_NRS = torch.bmm(q_NRd * scale, k_NSd.transpose(1, 2))
+            if mask is not None:
+                # What stands for minus infinity in float32 is infinite in bfloat16, and a row of it undefined.
+                narrow = mask.to(scores_NRS.dtype).clamp_min(torch.finfo(scores_NRS.dtype).min)
+                scores_NRS.view(batch, heads, length, -1).add_(narrow)
+            p_NRS = torch.softmax(scores_NRS, dim=-1, out=scores_NRS)
+            mixed_NRd = torch.bmm(p_NRS, v_NSd)
+        ctx.save_for_backward(q_NRd, k_NSd, v_NSd, p_NRS)
+        ctx.shapes, ctx.types, ctx.scale = (query.shape, key.shape), (query.dtype, key.dtype, value.dtype), scale
+        return mixed_NRd.view(batch, heads, length, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        q_NRd, k_NSd, v_NSd, p_NRS = ctx.saved_tensors
+        query_shape, key_shape = ctx.shapes
+        with torch.autocast(grad.device.type, enabled=False):
+            g_NRd = grad.to(p_NRS.dtype).reshape(*q_NRd.shape[:2], -1)
+            grad_v_NSd = torch.bmm(p_NRS.transpose(1, 2), g_NRd)
+            grad_p_NRS = torch.bmm(g_NRd, v_NSd.transpose(1, 2))
+            grad_s_NRS = torch.ops.aten._softmax_backward_data(grad_p_NRS, p_NRS, -1, p_NRS.dtype)
+            grad_q_NRd = torch.bmm(grad_s_NRS, k_NSd).mul_(ctx.scale)
+            grad_k_NSd = torch.bmm(grad_s_NRS.transpose(1, 2), q_NRd).mul_(ctx.scale)
+        q_type, k_type, v_type = ctx.types
+        grad_v = grad_v_NSd.view(*key_shape[:3], -1).to(v_type)
+        return grad_q_NRd.view(query_shape).to(q_type), grad_k_NSd.view(key_shape).to(k_type), grad_v, None, None
+
+
+def _grouped_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The additive mask, made once for all layers; that of `sdpa` for sequences too long to be held."""
+    q, heads = kwargs["q_length"], kwargs["config"].num_attention_heads
+    held = q == 1 or _few(kwargs["batch_size"] * heads * q * kwargs["kv_length"])
+    return eager_mask(*args, **kwargs) if held else sdpa_mask(*args, **kwargs)
+
+
+AttentionInterface.register(_NAME, grouped_attention)
+AttentionMaskInterface.register(_NAME, _grouped_mask)
+
+
+@contextmanager
+def fast_attention(model: PreTrainedModel) -> Iterator[None]:
+    """While the block runs, the model attends by `grouped_attention`; afterwards as before.
+
+    Only a model that runs `sdpa` on a CPU is switched, since `sdpa` is what `grouped_attention` computes. Models with
+    what a mask cannot express (soft caps, attention sinks) run something else, and go on doing so.
+    """
+    switch = (
+        model.config._attn_implementation == "sdpa"
+        and model.device.type == "cpu"
+        and getattr(model, "_supports_attention_backend", False)
+        and not model.config.sub_configs
+    )
+    if switch:
+        model.set_attn_implementation(_NAME)
+    try:
+        yield
+    finally:
+        if switch:
+            model.set_attn_implementation("sdpa")
