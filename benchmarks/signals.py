@@ -15,7 +15,8 @@ says its whole distribution at the answer positions of the training examples; it
   the same order, against the live teacher on the held-out answers; with 95 % intervals over prompts. "exact" is a
   student of the live teacher, "text" one of the answer's tokens alone.
 
-For every tau, random-sampling KD also runs with as many draws as give it the same number of entries.
+Students take most of the time, so only the forms that --train names get one. For every tau, random-sampling KD also
+runs with as many draws as give it the same number of entries.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,10 +118,13 @@ def collect(
     *,
     positions: int,
     draws: int,
-    keep: bool,
+    keep: Collection[str],
 ) -> Collected:
-    """One pass of the teacher over the examples: fidelity on the first `positions`, one draw of all to keep."""
-    found = Collected({f.name: Fidelity() for f in forms}, {f.name: {} for f in forms}, {f.name: {} for f in forms})
+    """One pass of the teacher over the examples: fidelity on the first `positions`, and of the forms named in `keep`
+    a draw of every position.
+    """
+    names = [f.name for f in forms]
+    found = Collected({n: Fidelity() for n in names}, {n: {} for n in names}, {n: {} for n in keep})
     left = positions
     for example, probs_NV in distributions(run, examples, vocab_size):
         entropy_N = torch.special.entr(probs_NV).sum(dim=1)
@@ -129,7 +133,7 @@ def collect(
             drawn: Drawn = form.draw(probs_NV, generator)
             if drawn.arrays is not None:
                 found.arrays[form.name][example.id] = drawn.arrays
-            if keep:
+            if form.name in keep:
                 found.kept[form.name][example.id] = Kept(drawn.entries, entropy_N)
             if left > 0:
                 more = fidelity(form, probs_NV[:left], draws, generator)
@@ -163,7 +167,7 @@ def text_entries(example: Example) -> Entries:
 
 
 def students(run: RunDir, examples: ExampleSet, found: Collected, vocab_size: int, steps: int) -> dict[str, Reached]:
-    """A student of every form, of the exact teacher and of the text, and the beginning itself."""
+    """A student of every form that was kept, of the exact teacher and of the text, and the beginning itself."""
     recipe, schedule = run.recipe(), schedule_of(run, examples, steps)
     teacher = models.load_model(recipe.teachers[0].model, recipe.teachers[0].precision)
     texts = {e.id: Kept(text_entries(e), torch.zeros(e.supervised)) for e in examples.train}
@@ -255,6 +259,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="steps of every student; 0 trains none")
     parser.add_argument("--tau", type=float, nargs="+", default=[0.01, 0.02, 0.025, 0.03, 0.04, 0.05])
     parser.add_argument("--only", nargs="+", default=[], help="only forms whose name contains one of these")
+    trained = ["tau 0.02", "tau 0.05", "DistillKit", "top 12"]
+    parser.add_argument("--train", nargs="+", default=trained, help="forms that get a student, in the same way")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     run = RunDir(options.run)
@@ -264,8 +270,8 @@ def main() -> None:
     ours, peers = ([f.name for f in forms[a : a + len(options.tau)]] for a in (0, len(options.tau)))
     if options.only:
         forms = [f for f in forms if any(word in f.name for word in options.only)]
-    names = {f.name for f in forms}
-    pairs = [(t, a, b) for t, a, b in zip(options.tau, ours, peers, strict=True) if {a, b} <= names]
+    names = [f.name for f in forms]
+    pairs = [(a, b) for a, b in zip(ours, peers, strict=True) if a in names and b in names]
     used = examples.train
     if options.steps:
         steps = schedule_of(run, examples, options.steps).steps
@@ -277,7 +283,7 @@ def main() -> None:
         key.vocab_size,
         positions=options.positions,
         draws=options.draws,
-        keep=options.steps > 0,
+        keep=[n for n in names if options.steps and any(word in n for word in options.train)],
     )
     sizes = {
         name: bytes_on_disk(key, tau, examples.train, found.arrays[name])
@@ -287,7 +293,7 @@ def main() -> None:
     reached = students(run, examples, found, key.vocab_size, options.steps) if options.steps else {}
     positions = max(f.positions for f in found.fidelity.values())
     print(f"{positions:.0f} answer positions, {options.draws} draws; students: {options.steps} steps\n")
-    print(table(found, sizes, reached, [a for _, a, _ in pairs], [b for _, _, b in pairs]))
+    print(table(found, sizes, reached, [a for a, _ in pairs], [b for _, b in pairs]))
     if options.json:
         figures = {n: f._asdict() for n, f in found.fidelity.items()}
         told = {n: r._asdict() for n, r in reached.items()}
