@@ -128,7 +128,7 @@ def collect(
     left = positions
     for example, probs_NV in distributions(run, examples, vocab_size):
         entropy_N = torch.special.entr(probs_NV).sum(dim=1)
-        for form in forms:
+        for form in (f for f in forms if left > 0 or f.name in keep):
             generator = torch.Generator().manual_seed(derive_seed(0, "benchmark", form.name, example.id) % 2**63)
             drawn: Drawn = form.draw(probs_NV, generator)
             if drawn.arrays is not None:
