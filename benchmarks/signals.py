@@ -121,14 +121,14 @@ def collect(
     keep: Collection[str],
 ) -> Collected:
     """One pass of the teacher over the examples: fidelity on the first `positions`, and of the forms named in `keep`
-    a draw of every position.
+    a draw of every position. Stores are of every position that is gone through, for their size tells on their bytes.
     """
     names = [f.name for f in forms]
     found = Collected({n: Fidelity() for n in names}, {n: {} for n in names}, {n: {} for n in keep})
     left = positions
     for example, probs_NV in distributions(run, examples, vocab_size):
         entropy_N = torch.special.entr(probs_NV).sum(dim=1)
-        for form in (f for f in forms if left > 0 or f.name in keep):
+        for form in (f for f in forms if left > 0 or f.name in keep or found.arrays[f.name]):
             generator = torch.Generator().manual_seed(derive_seed(0, "benchmark", form.name, example.id) % 2**63)
             drawn: Drawn = form.draw(probs_NV, generator)
             if drawn.arrays is not None:
