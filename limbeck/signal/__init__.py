@@ -2,7 +2,8 @@
 
 types       the five signals and what may be done with any of them
 sampling    threshold sampling and top-k, from a distribution to a signal
-encoding    a sampled signal as bytes
+encoding    a sampled signal as arrays of small numbers
+packing     the arrays as compressed blocks
 head        from hidden states to logits by the model's own way
 manifest    what a store was made from
 store       signals on disk: sharded, checked, resumable

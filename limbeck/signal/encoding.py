@@ -1,4 +1,4 @@
-"""How a `SampledSignal` lies on disk: five flat arrays, and settings that hold for all of them.
+"""A `SampledSignal` in small numbers: five flat arrays, and settings that hold for all of them.
 
     n_head   [N]     uint8, or uint16 where tau and the vocabulary allow more than 255 (`SampledLayout`)
     n_tail   [N]     the same
@@ -7,7 +7,8 @@
     entropy  [N]     uint16, in steps of ln(V) / 65535 nats
 
 All multi-byte numbers are little-endian. `ids` and `head` are in the order of `SampledSignal`: positions
-one after the other, heads before tails. Tail entries have no number: each weighs tau.
+one after the other, heads before tails. Tail entries have no number: each weighs tau. `packing` packs the
+arrays for the disk, without loss.
 
 A head probability is rounded to one of 256 levels, tau + (1 - tau)(3x^2 - 2x^3) with x = level / 255, which
 lie closest near tau and near 1, where most head probabilities are. It is rounded up or down at random, so
@@ -34,7 +35,7 @@ _ENTROPY_STEPS = 0xFFFF
 
 
 class SampledArrays(NamedTuple):
-    """A `SampledSignal` as it is stored; the module's docstring gives the types and the order."""
+    """An encoded `SampledSignal`; the module's docstring gives the types and the order."""
 
     n_head: NDArray[np.generic]
     n_tail: NDArray[np.generic]
@@ -60,14 +61,14 @@ def encode_sampled(signal: SampledSignal, generator: torch.Generator) -> Sampled
     return SampledArrays(
         signal.n_head_N.numpy().astype(count_type),
         signal.n_tail_N.numpy().astype(count_type),
-        _pack_ids(signal.ids_E.numpy(), layout.id_bytes),
+        pack_ids(signal.ids_E.numpy(), layout.id_bytes),
         _round_to(_levels(signal.tau), signal.head_probs_H, generator).astype(np.uint8),
         _round_to(_entropy_levels(signal.vocab_size), signal.entropy_N, generator).astype("<u2"),
     )
 
 
 def decode_sampled(arrays: SampledArrays, *, tau: float, vocab_size: int, temperature: float = 1.0) -> SampledSignal:
-    """The signal that `arrays` hold, on the CPU. They may be memory-mapped: they are read once, and copied.
+    """The signal that `arrays` hold, on the CPU.
 
     Raises `InputError` for arrays of other types than the settings call for, or whose counts, lengths or
     ids do not agree.
@@ -88,9 +89,9 @@ def decode_sampled(arrays: SampledArrays, *, tau: float, vocab_size: int, temper
     return SampledSignal(
         n_head_N=torch.from_numpy(arrays.n_head.astype(np.int32)),
         n_tail_N=torch.from_numpy(arrays.n_tail.astype(np.int32)),
-        ids_E=torch.from_numpy(_unpack_ids(arrays.ids, layout.id_bytes)),
+        ids_E=torch.from_numpy(unpack_ids(arrays.ids, layout.id_bytes)),
         head_probs_H=_levels(tau)[torch.from_numpy(arrays.head.astype(np.int64))].float(),
-        entropy_N=_entropy_levels(vocab_size)[torch.from_numpy(arrays.entropy.astype(np.int64))].float(),
+        entropy_N=torch.from_numpy(arrays.entropy.astype(np.float64) * _entropy_step(vocab_size)).float(),
         tau=tau,
         vocab_size=vocab_size,
         temperature=temperature,
@@ -105,9 +106,13 @@ def _levels(tau: float) -> Tensor:
     return (tau + (1 - tau) * x * x * (3 - 2 * x)).float().double().clamp(tau, 1)
 
 
+def _entropy_step(vocab_size: int) -> float:
+    return math.log(max(2, vocab_size)) / _ENTROPY_STEPS
+
+
 def _entropy_levels(vocab_size: int) -> Tensor:
     steps = torch.arange(_ENTROPY_STEPS + 1, dtype=torch.float64)
-    return (steps * (math.log(max(2, vocab_size)) / _ENTROPY_STEPS)).float().double()
+    return (steps * _entropy_step(vocab_size)).float().double()
 
 
 def _round_to(levels_L: Tensor, values_M: Tensor, generator: torch.Generator) -> NDArray[np.generic]:
@@ -122,13 +127,15 @@ def _round_to(levels_L: Tensor, values_M: Tensor, generator: torch.Generator) ->
     return (above_M - (uniform_M >= chance_M).long()).numpy()
 
 
-def _pack_ids(ids_E: NDArray[np.generic], id_bytes: int) -> NDArray[np.generic]:
+def pack_ids(ids_E: NDArray[np.generic], id_bytes: int) -> NDArray[np.generic]:
+    """Ids [E] as the array `ids`."""
     if id_bytes == 2:
         return ids_E.astype("<u2")
     return np.ascontiguousarray(ids_E.astype("<u4").view(np.uint8).reshape(-1, 4)[:, :id_bytes])
 
 
-def _unpack_ids(ids: NDArray[np.generic], id_bytes: int) -> NDArray[np.int32]:
+def unpack_ids(ids: NDArray[np.generic], id_bytes: int) -> NDArray[np.int32]:
+    """The ids [E] of the array `ids`. Raises `InputError` for one of another shape."""
     if id_bytes == 2:
         return ids.astype(np.int32)
     if ids.ndim != 2 or ids.shape[1] != id_bytes:

@@ -14,6 +14,8 @@ from limbeck.records import Digest, Example
 from limbeck.rundir import differences
 
 MANIFEST = "manifest.json"
+VERSION: Literal[2] = 2
+"""Of the format. Signals can be made again, so a store of another version is refused and not read."""
 
 
 class SignalKey(BaseModel):
@@ -69,7 +71,7 @@ class SignalManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: Literal[1] = 1
+    version: Literal[2] = VERSION
     key: SignalKey
     counts: Counts
     index: Digest | None = None

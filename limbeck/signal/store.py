@@ -1,10 +1,11 @@
 """RUN/signals: the teacher's signal on every supervised position of the training examples.
 
     manifest.json            what the signals were made from, what there is, the digest of every other file
-    index.parquet            one row an example, in the order of the shards: id, positions, entries and heads
-    00000.safetensors ...    shards: the five flat arrays of `encoding`, of a whole number of examples each
+    index.parquet            one row an example, in the order of the shards: id, block, positions, entries, heads
+    00000.safetensors ...    shards of a whole number of blocks: `planes`, and `blocks`, a row of `packing` for each
 
-Where an example lies follows from the counts of those before it, so no offsets are stored. Signals are a
+A block is a few neighbouring examples, packed together: taking an example reads and unpacks its block, and
+nothing else of the shard. Where an example lies follows from the counts of those before it. Signals are a
 cache: they can be made again from the examples and the teacher, and are refused when they belong to others. A
 text signal needs no arrays, for the examples hold the text: its store is a manifest alone.
 
@@ -40,6 +41,7 @@ from limbeck.rundir import atomic
 from limbeck.signal.encoding import SampledArrays, decode_sampled
 from limbeck.signal.manifest import (
     MANIFEST,
+    VERSION,
     Counts,
     Shard,
     SignalKey,
@@ -48,11 +50,12 @@ from limbeck.signal.manifest import (
     refuse_stale,
     remedy,
 )
-from limbeck.signal.types import SampledSignal, TextSignal
+from limbeck.signal.packing import Packed, columns, group, pack, unpack
+from limbeck.signal.types import SampledLayout, SampledSignal, TextSignal
 
 _INDEX, _KEY = "index.parquet", "key.json"
-_INDEX_SCHEMA = pa.schema([("id", pa.string()), *((n, pa.int32()) for n in ("positions", "entries", "heads"))])
-_TYPES = {"U8": "<u1", "U16": "<u2"}
+_INDEX_SCHEMA = pa.schema([("id", pa.string()), *((n, pa.int32()) for n in ("block", "positions", "entries", "heads"))])
+_TYPES = {"U8": "<u1", "U32": "<u4"}
 _OPEN = 32
 """Shards kept mapped at a time; a map costs a file handle, and no memory that cannot be taken back."""
 
@@ -73,8 +76,9 @@ class SignalWriter:
         self._final = Path(directory)
         self._part = self._final.with_name(f".{self._final.name}.part")
         self._store = self._part / "store"
-        self._key, self._plan = key, plan
-        wanted = json.dumps([key.model_dump(mode="json"), digest_json([[list(p) for p in shard] for shard in plan])])
+        self._key, self._plan, self._layout = key, plan, _layout(key)
+        plan_digest = digest_json([[list(p) for p in shard] for shard in plan])
+        wanted = json.dumps([VERSION, key.model_dump(mode="json"), plan_digest])
         found = self._part / _KEY
         if not found.is_file() or found.read_text(encoding="utf-8") != wanted:
             if self._part.exists():
@@ -98,23 +102,25 @@ class SignalWriter:
         if wanted != found:
             problem = Problem(f"shard {number}: positions of each example", str(found), str(wanted))
             raise InputError("these signals are not those of the plan", [problem])
-        whole = {name: np.concatenate([getattr(a, name) for a in arrays]) for name in SampledArrays._fields}
+        blocks = [pack(_join(arrays[own.start : own.stop]), self._layout) for own in group(wanted)]
+        table = np.array([block.row for block in blocks], "<u4").reshape(len(blocks), columns(self._layout))
+        planes = np.frombuffer(b"".join(block.planes for block in blocks), np.uint8)
         with atomic(self._store / _name(number)) as half:
             # save_file would write through a temporary file of its own, which a kill leaves behind.
-            half.write_bytes(save(whole))
+            half.write_bytes(save({"blocks": table, "planes": planes}))
 
     def finish(self) -> SignalManifest:
         """Put index and manifest beside the shards and give the store its name, replacing what had it."""
         shards: list[Shard] = []
-        with (
-            atomic(self._store / _INDEX) as half,
-            pq.ParquetWriter(half, _INDEX_SCHEMA, compression="zstd") as index,
-        ):
-            for number, planned in enumerate(self._plan):
-                path = self._store / _name(number)
-                arrays = _mapped(path)
-                index.write_table(_index_rows(arrays, planned))
-                shards.append(_describe(path, arrays, len(planned)))
+        rows: list[tuple[str, int, int, int, int]] = []
+        for number, planned in enumerate(self._plan):
+            path = self._store / _name(number)
+            shard = _Mapped.of(path)
+            rows += _index_rows(shard, planned, self._layout)
+            shards.append(_describe(path, shard, len(planned)))
+        with atomic(self._store / _INDEX) as half:
+            fields = [pa.array([row[i] for row in rows], field.type) for i, field in enumerate(_INDEX_SCHEMA)]
+            pq.write_table(pa.table(fields, schema=_INDEX_SCHEMA), half, compression="zstd")
         counts = Counts(
             examples=sum(s.examples for s in shards),
             positions=sum(s.positions for s in shards),
@@ -157,30 +163,57 @@ def _name(number: int) -> str:
     return f"{number:05d}.safetensors"
 
 
-def _mapped(path: Path) -> SampledArrays:
-    """The arrays of a shard, mapped: a number is read from the disk when it is looked at.
+class _Mapped(NamedTuple):
+    """A shard: its table of blocks, and its planes, mapped: a byte is read from the disk when it is looked at."""
 
-    A safetensors file is the size of its header in 8 bytes, the header in JSON, then the arrays. The
-    library's own slices copy as much but refuse to be empty.
-    """
-    raw = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
-    start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
-    header = json.loads(raw[8:start].tobytes())
+    blocks: NDArray[np.generic]
+    planes: NDArray[np.generic]
+    ends: NDArray[np.int64]
+    """Where the planes of each block end."""
 
-    def array(name: str) -> NDArray[np.generic]:
-        first, end = header[name]["data_offsets"]
-        flat = raw[start + first : start + end].view(_TYPES[header[name]["dtype"]])
-        return flat.reshape(header[name]["shape"])
+    @classmethod
+    def of(cls, path: Path) -> _Mapped:
+        """A safetensors file is the size of its header in 8 bytes, the header in JSON, then the arrays. The
+        library's own slices copy as much but refuse to be empty.
+        """
+        raw = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
+        start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
+        header = json.loads(raw[8:start].tobytes())
 
-    return SampledArrays(*(array(name) for name in SampledArrays._fields))
+        def array(name: str) -> NDArray[np.generic]:
+            first, end = header[name]["data_offsets"]
+            flat = raw[start + first : start + end].view(_TYPES[header[name]["dtype"]])
+            return flat.reshape(header[name]["shape"])
+
+        blocks = array("blocks")
+        return cls(blocks, array("planes"), blocks[:, 3:].sum(axis=1, dtype=np.int64).cumsum())
+
+    def unpacked(self, number: int, layout: SampledLayout) -> SampledArrays:
+        """The arrays of a block."""
+        row = self.blocks[number].tolist()
+        end = int(self.ends[number])
+        return unpack(Packed.of(row, self.planes[end - sum(row[3:]) : end].tobytes()), layout)
 
 
-def _index_rows(arrays: SampledArrays, planned: Sequence[Planned]) -> pa.Table:
-    ends = np.cumsum([0, *(p.positions for p in planned)])
-    heads, tails = _sums(arrays.n_head, ends), _sums(arrays.n_tail, ends)
-    columns = [[p.id for p in planned], [p.positions for p in planned], heads + tails, heads]
-    fields = [pa.array(c, f.type) for c, f in zip(columns, _INDEX_SCHEMA, strict=True)]
-    return pa.table(fields, schema=_INDEX_SCHEMA)
+def _layout(key: SignalKey) -> SampledLayout:
+    assert key.tau is not None
+    return SampledLayout.of(key.tau, key.vocab_size)
+
+
+def _join(arrays: Sequence[SampledArrays]) -> SampledArrays:
+    return SampledArrays(*(np.concatenate(column) for column in zip(*arrays, strict=True)))
+
+
+def _index_rows(
+    shard: _Mapped, planned: Sequence[Planned], layout: SampledLayout
+) -> Iterator[tuple[str, int, int, int, int]]:
+    """The rows of the index for a shard; one block is unpacked at a time."""
+    for block, own in enumerate(group([p.positions for p in planned])):
+        arrays, examples = shard.unpacked(block, layout), [planned[i] for i in own]
+        ends = np.cumsum([0, *(p.positions for p in examples)])
+        heads, tails = _sums(arrays.n_head, ends), _sums(arrays.n_tail, ends)
+        for example, head, tail in zip(examples, heads.tolist(), tails.tolist(), strict=True):
+            yield example.id, block, example.positions, head + tail, head
 
 
 def _sums(counts_N: NDArray[np.generic], ends: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -188,21 +221,23 @@ def _sums(counts_N: NDArray[np.generic], ends: NDArray[np.int64]) -> NDArray[np.
     return np.diff(np.concatenate([[0], np.cumsum(counts_N, dtype=np.int64)])[ends])
 
 
-def _describe(path: Path, arrays: SampledArrays, examples: int) -> Shard:
+def _describe(path: Path, shard: _Mapped, examples: int) -> Shard:
+    positions, entries = (int(shard.blocks[:, column].sum(dtype=np.int64)) for column in (0, 1))
     return Shard(
         file=path.name,
         digest=digest_file(path),
         examples=examples,
-        positions=len(arrays.n_head),
-        entries=len(arrays.ids),
+        positions=positions,
+        entries=entries,
         bytes=path.stat().st_size,
     )
 
 
 class _Row(NamedTuple):
-    """Where the signal of an example lies: its shard, and what it takes of the shard's arrays."""
+    """Where the signal of an example lies: its shard, its block there, and what it takes of the block's arrays."""
 
     shard: int
+    block: int
     positions: slice
     entries: slice
     heads: slice
@@ -218,7 +253,7 @@ class SignalStore:
     def __init__(self, root: Path, manifest: SignalManifest, rows: dict[str, _Row], texts: dict[str, Example]):
         self.root, self.manifest = root, manifest
         self._rows, self._texts = rows, texts
-        self._shards: OrderedDict[int, SampledArrays] = OrderedDict()
+        self._shards: OrderedDict[int, _Mapped] = OrderedDict()
 
     @classmethod
     def open(
@@ -295,9 +330,21 @@ class SignalStore:
         if not rows:
             none_N, none_H = torch.zeros(0, dtype=torch.int32), torch.zeros(0)
             return SampledSignal(none_N, none_N, none_N, none_H, none_H, key.tau, key.vocab_size, key.temperature)
-        parts = [self._slices(row) for row in rows]
-        arrays = SampledArrays(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        arrays = self._gathered(rows)
         return decode_sampled(arrays, tau=key.tau, vocab_size=key.vocab_size, temperature=key.temperature)
+
+    def _gathered(self, rows: Sequence[_Row]) -> SampledArrays:
+        """The arrays of these examples, one after the other. Each block is unpacked once, and only one is held."""
+        layout, parts = _layout(self.manifest.key), dict[int, SampledArrays]()
+        held, place = None, None
+        for number in sorted(range(len(rows)), key=lambda n: rows[n][:2]):
+            row = rows[number]
+            if held is None or place != row[:2]:
+                held, place = self._shard(row.shard).unpacked(row.block, layout), row[:2]
+            own = {"ids": row.entries, "head": row.heads}
+            fields = SampledArrays._fields
+            parts[number] = SampledArrays(*(getattr(held, n)[own.get(n, row.positions)].copy() for n in fields))
+        return _join([parts[number] for number in range(len(rows))])
 
     def _find(self, example_ids: Sequence[str]) -> list[_Row]:
         if missing := [i for i in example_ids if i not in self._rows]:
@@ -307,15 +354,11 @@ class SignalStore:
             raise InputError(f"no signal for {len(missing)} of {len(example_ids)} examples", problems)
         return [self._rows[i] for i in example_ids]
 
-    def _slices(self, row: _Row) -> SampledArrays:
-        shard, own = self._shard(row.shard), {"ids": row.entries, "head": row.heads}
-        return SampledArrays(*(getattr(shard, n)[own.get(n, row.positions)] for n in SampledArrays._fields))
-
-    def _shard(self, number: int) -> SampledArrays:
+    def _shard(self, number: int) -> _Mapped:
         if number in self._shards:
             self._shards.move_to_end(number)
         else:
-            self._shards[number] = _mapped(self.root / _name(number))
+            self._shards[number] = _Mapped.of(self.root / _name(number))
             if len(self._shards) > _OPEN:
                 self._shards.popitem(last=False)
         return self._shards[number]
@@ -339,13 +382,14 @@ def _read_index(root: Path, manifest: SignalManifest) -> dict[str, _Row]:
     counts = zip(*(columns[name] for name in _INDEX_SCHEMA.names), strict=True)
     rows: dict[str, _Row] = {}
     for number, shard in enumerate(manifest.shards):
-        ends = (0, 0, 0)
-        for name, *sizes in islice(counts, shard.examples):
-            starts, ends = ends, tuple(end + size for end, size in zip(ends, sizes, strict=True))
-            rows[name] = _Row(number, *(slice(a, b) for a, b in zip(starts, ends, strict=True)))
+        last, ends = -1, (0, 0, 0)
+        for name, block, *sizes in islice(counts, shard.examples):
+            starts = ends if block == last else (0, 0, 0)
+            last, ends = block, tuple(start + size for start, size in zip(starts, sizes, strict=True))
+            rows[name] = _Row(number, block, *(slice(a, b) for a, b in zip(starts, ends, strict=True)))
     return rows
 
 
 def _text_row(example: Example) -> _Row:
     whole = slice(0, example.supervised)
-    return _Row(0, whole, whole, slice(0, 0))
+    return _Row(0, 0, whole, whole, slice(0, 0))

@@ -97,7 +97,7 @@ class SampledSignal(_Positions):
     number is kept for it. `entropy_N` float32 is the entropy in nats of the distribution that was sampled,
     so that cross-entropy minus entropy is an unbiased KL divergence.
 
-    `sampling.threshold_sample` makes it, `encoding.encode_sampled` says how it lies on disk.
+    `sampling.threshold_sample` makes it; `encoding` says in what numbers it is stored, `packing` how they lie on disk.
     """
 
     kind: ClassVar[SignalKind] = "sampled"
@@ -135,11 +135,12 @@ class SampledSignal(_Positions):
 
     @property
     def nbytes_per_position(self) -> float:
-        """Mean bytes a position on disk, as `encoding` lays it out: counts, entropy, ids and head codes."""
-        layout = SampledLayout.of(self.tau, self.vocab_size)
-        fixed = 2 * layout.count_bytes + layout.entropy_bytes
-        ragged = layout.id_bytes * len(self.ids_E) + layout.head_bytes * len(self.head_probs_H)
-        return fixed + ragged / len(self) if len(self) else 0.0
+        """Mean bytes a position in the shards of a store: counts, entropy, ids and head codes, as `packing` packs
+        them. Packed each time it is asked for.
+        """
+        from limbeck.signal.packing import packed_bytes  # it packs these signals, and so imports this module
+
+        return packed_bytes(self) / len(self) if len(self) else 0.0
 
     def entries(self) -> SparseRows:
         """Every entry with its weight: the probability of a head token, tau for a tail token."""
@@ -318,7 +319,7 @@ def concat(signals: Sequence[_S]) -> _S:
 
 
 class SampledLayout(NamedTuple):
-    """Bytes of each number of a stored `SampledSignal`; `encoding` gives their meaning."""
+    """Bytes of each number of an encoded `SampledSignal`, before it is packed; `encoding` gives their meaning."""
 
     count_bytes: int
     id_bytes: int
