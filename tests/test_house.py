@@ -34,7 +34,18 @@ FOUNDATION = {
 WAY = ("collect", "curate", "render", "signal", "student", "train", "evaluate", "export", "report")
 """The rooms, in the order of the data's way."""
 
-TOP = {"run", "preflight", "recipe_file", "recipe_problems", "cli", "doctor", "starter", "__init__", "__main__"}
+TOP = {
+    "run",
+    "preflight",
+    "recipe_file",
+    "recipe_problems",
+    "cli",
+    "doctor",
+    "starter",
+    "testing",
+    "__init__",
+    "__main__",
+}
 """What stands above the rooms and may use all of them."""
 
 

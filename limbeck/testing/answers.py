@@ -1,0 +1,167 @@
+"""What the server answers: a pure function of the request, so that a test can know what must come.
+
+An answer's text depends on the request's content: model, messages, tools, schema, temperature, seed. It does not
+depend on how many tokens or choices were asked for, so a shorter limit gives a prefix of the longer one's text.
+Equal requests give equal answers, at any temperature; requests that should differ are told apart by `seed`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import orjson
+from pydantic import JsonValue
+
+from limbeck.testing.schema import instance
+from limbeck.testing.settings import Model, Settings
+from limbeck.testing.vocabulary import WORDS, Vocabulary
+
+Json = dict[str, JsonValue]
+
+Finish = Literal["stop", "stop_sequence", "length", "tool", "filter", "refusal"]
+
+_STRETCH = 4096
+"""Words of the text from which answers are cut."""
+
+_APART = {
+    "n", "max_tokens", "max_completion_tokens", "max_output_tokens", "stop", "stop_sequences", "stream",
+    "stream_options", "logprobs", "top_logprobs", "user", "metadata", "store", "service_tier",
+}  # fmt: skip
+"""Keys of a body that do not change what the model would write."""
+
+
+class Twist(NamedTuple):
+    """A fault that changes what the model writes."""
+
+    kind: Literal["truncated", "empty", "refusal", "filter"]
+    share: float = 0.5
+    """Of a truncated answer, the share that is kept."""
+
+
+class Tool(NamedTuple):
+    """The tool that will be called, and the JSON schema of its arguments."""
+
+    name: str
+    parameters: JsonValue
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request in no provider's words."""
+
+    model: str
+    seed: bytes
+    """Digest of the content; all that text depends on."""
+    prompt: str
+    extra_tokens: int = 0
+    """Tokens of the prompt that are no text: images."""
+    n: int = 1
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    tool: Tool | None = None
+    schema: JsonValue = None
+    """Of a structured answer; `{}` for any JSON object, None for text."""
+    reasoning: int | None = None
+    """Tokens to think, where the request says so; else the model's own."""
+    twist: Twist | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model wrote for one choice."""
+
+    text: str
+    reasoning: str
+    arguments: str | None
+    """JSON text of the arguments of the called tool; None where none is called."""
+    finish: Finish
+    stop_sequence: str | None
+    text_tokens: int
+    reasoning_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens billed."""
+        return self.text_tokens + self.reasoning_tokens
+
+
+def body_digest(body: Json) -> str:
+    """SHA-256 of a request body as JSON with sorted keys, in hexadecimal: what the bill counts by."""
+    return hashlib.sha256(orjson.dumps(body, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def content_seed(body: Json) -> bytes:
+    """Digest of what an answer's text depends on."""
+    content = {key: value for key, value in body.items() if key not in _APART}
+    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).digest()
+
+
+def words(seed: bytes, count: int) -> str:
+    """`count` words (at most a few thousand), of which the first eight tell one seed from another."""
+    first = [WORDS[byte % len(WORDS)] for byte in seed[: min(count, 8)]]
+    if count <= len(first):
+        return " ".join(first)
+    start = int.from_bytes(seed[8:12], "big") % _STRETCH
+    return " ".join(first) + _stretch()[5 * start : 5 * (start + count - len(first))]
+
+
+@lru_cache(maxsize=1)
+def _stretch() -> str:
+    """Words in no order that repeats, each with a space before; three times over, so that no cut runs off its end."""
+    drawn = (hashlib.sha256(b"%d" % number).digest()[0] for number in range(_STRETCH))
+    return "".join(f" {WORDS[byte % len(WORDS)]}" for byte in drawn) * 3
+
+
+def compose(ask: Ask, choice: int, model: Model, settings: Settings, vocabulary: Vocabulary) -> Answer:
+    """What the model writes for one choice of a request."""
+    seed = ask.seed if choice == 0 else hashlib.sha256(ask.seed + choice.to_bytes(4, "big")).digest()
+    wanted = model.reasoning if ask.reasoning is None else ask.reasoning
+    limit = ask.max_tokens
+    if ask.twist and ask.twist.kind in ("refusal", "filter"):
+        return _withheld(ask.twist, seed, vocabulary)
+    if ask.twist and ask.twist.kind == "truncated":
+        whole = _written(ask, seed, settings, vocabulary)
+        short = int((wanted + vocabulary.count(whole)) * ask.twist.share)
+        limit = short if limit is None else min(short, limit)
+    thought = wanted if limit is None else min(wanted, limit)
+    left = None if limit is None else limit - thought
+    text, stopped = _up_to_stop(_written(ask, seed, settings, vocabulary), ask.stop if ask.tool is None else ())
+    tokens = vocabulary.count(text)
+    finish: Finish = "stop_sequence" if stopped else "stop" if ask.tool is None else "tool"
+    if left is not None and tokens > left:
+        text, tokens, finish, stopped = vocabulary.decode(vocabulary.encode(text)[:left]), left, "length", None
+    arguments = text if ask.tool is not None and left != 0 else None
+    reasoning = words(hashlib.sha256(seed).digest(), thought) if thought else ""
+    return Answer("" if ask.tool else text, reasoning, arguments, finish, stopped, tokens, thought)
+
+
+def _written(ask: Ask, seed: bytes, settings: Settings, vocabulary: Vocabulary) -> str:
+    """The text of an answer, or the arguments of its tool call, before any limit."""
+    if ask.tool is not None:
+        return orjson.dumps(instance(ask.tool.parameters, seed)).decode()
+    if ask.schema is not None:
+        made = instance(ask.schema, seed) if ask.schema else {"answer": words(seed, 8)}
+        return orjson.dumps(made).decode()
+    count = settings.words
+    if settings.spread:
+        away = settings.spread * (int.from_bytes(seed[12:16], "big") / 0xFFFFFFFF * 2 - 1)
+        count = max(1, round(count * (1 + away)))
+    return words(seed, count)
+
+
+def _withheld(twist: Twist, seed: bytes, vocabulary: Vocabulary) -> Answer:
+    text = "I cannot help with that." if twist.kind == "refusal" else words(seed, 8)
+    finish: Finish = "refusal" if twist.kind == "refusal" else "filter"
+    return Answer(text, "", None, finish, None, vocabulary.count(text), 0)
+
+
+def _up_to_stop(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
+    found = [(at, stop) for stop in stops if stop and (at := text.find(stop)) >= 0]
+    if not found:
+        return text, None
+    at, stop = min(found)
+    return text[:at], stop
