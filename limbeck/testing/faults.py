@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError
 
 from limbeck.errors import InputError, Problem
 from limbeck.testing.settings import Form
+
+_F = TypeVar("_F", bound=Form)
 
 
 class _When(Form):
@@ -41,7 +43,8 @@ class _When(Form):
     attempts: int | None = Field(default=None, ge=1)
     """Only the first so many times that a body is sent: what a collector tries again then goes through."""
     endpoints: tuple[str, ...] = ()
-    """Paths, such as /v1/batches; with none, all that answer prompts."""
+    """Paths, such as /v1/batches, or beginnings of paths, such as /v1/batches/*. With none, all that answer prompts
+    (for the `batch_...` faults: all that create batches)."""
     contains: str | None = None
     """Only bodies in which this text occurs."""
 
@@ -188,7 +191,7 @@ class Sent:
         will happen to a batch.
         """
         for index, fault in self._batch if batch else self._rest:
-            if fault.endpoints and path not in fault.endpoints:
+            if fault.endpoints and not any(_names(pattern, path) for pattern in fault.endpoints):
                 continue
             if not (fault.endpoints or answers or batch):
                 continue
@@ -211,18 +214,22 @@ class Sent:
         return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") / 2**64
 
 
-def load(path: Path) -> Faults:
-    """A schedule from a YAML file. Raises `InputError` with everything that is wrong with it."""
+def _names(pattern: str, path: str) -> bool:
+    return path.startswith(pattern[:-1]) if pattern.endswith("*") else path == pattern
+
+
+def read_form(path: Path, form: type[_F]) -> _F:
+    """A schedule, or settings, from a YAML file. Raises `InputError` with everything that is wrong with it."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        problem = Problem(str(path), str(error), "a YAML file with faults and limits", "see docs/testing.md")
-        raise InputError("the schedule of faults cannot be read", [problem]) from error
+        problem = Problem(str(path), str(error), "a YAML file", "see docs/testing.md for what may be in it")
+        raise InputError("a file for the test server cannot be read", [problem]) from error
     try:
-        return Faults.model_validate(data if data is not None else {})
+        return form.model_validate(data if data is not None else {})
     except ValidationError as error:
         found = [_problem(path, part["loc"], part["input"], part["msg"]) for part in error.errors(include_url=False)]
-        raise InputError("the schedule of faults has errors", found) from None
+        raise InputError("a file for the test server has errors", found) from None
 
 
 def _problem(path: Path, place: tuple[int | str, ...], value: object, message: str) -> Problem:

@@ -53,7 +53,7 @@ def chat(desk: Desk, call: Call) -> Reply:
         {
             "index": index,
             "message": _message(answer, ask, model.reasoning_key, call, index),
-            "logprobs": _logprobs(desk, context, answer, request.top_logprobs or 0) if request.logprobs else None,
+            "logprobs": _logprobs(desk, context, answer, request) if request.logprobs else None,
             "finish_reason": _FINISH.get(answer.finish, answer.finish),
         }
         for index, answer in enumerate(answers)
@@ -141,18 +141,22 @@ def usage_body(usage: Usage) -> Json:
     }
 
 
-def _logprobs(desk: Desk, context: Sequence[int], answer: Answer, top: int) -> Json:
+def _logprobs(desk: Desk, context: Sequence[int], answer: Answer, request: ChatRequest) -> Json:
+    return {"content": token_logprobs(desk, context, answer.text, request.top_logprobs or 0), "refusal": None}
+
+
+def token_logprobs(desk: Desk, context: Sequence[int], text: str, top: int) -> list[JsonValue]:
     """Log-probabilities of an answer's tokens: of each, the toy distribution after prompt and answer so far. They do
     not make the text, which is cut from ready words; so an answer's token need not be a likely one.
     """
     vocabulary, before = desk.vocabulary, list(context)
     content: list[JsonValue] = []
-    for token in vocabulary.encode(answer.text):
+    for token in vocabulary.encode(text):
         logprobs = vocabulary.logprobs(before)
         best: list[JsonValue] = [_entry(desk, number, float(logprobs[number])) for number in desk.top(logprobs, top)]
         content.append({**_entry(desk, token, float(logprobs[token])), "top_logprobs": best})
         before.append(token)
-    return {"content": content, "refusal": None}
+    return content
 
 
 def _entry(desk: Desk, token: int, logprob: float) -> Json:

@@ -5,23 +5,19 @@ from __future__ import annotations
 import asyncio
 import threading
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
-import orjson
 from aiohttp import web
-from pydantic import ValidationError
 
 from limbeck.testing.bill import Bill
 from limbeck.testing.errors import Refused
 from limbeck.testing.faults import Faults, Limit
+from limbeck.testing.routes import Routes
 from limbeck.testing.service import ENDPOINTS, Service, provider_of
 from limbeck.testing.settings import Settings
 
 _UPLOAD = 300 * 2**20
 """Bytes of the largest body that is read; a batch file may have 200 MB."""
-
-
-_F = TypeVar("_F", Faults, Limit)
 
 
 class Server:
@@ -38,6 +34,7 @@ class Server:
         self, settings: Settings | None = None, faults: Faults | None = None, *, host: str = "127.0.0.1", port: int = 0
     ):
         self.service = Service(settings or Settings(), faults or Faults())
+        self._routes = Routes(self.service)
         self._host, self._port = host, port
         self._runner: web.ServerRunner | None = None
         self._thread: threading.Thread | None = None
@@ -91,6 +88,7 @@ class Server:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._routes.batches.close()
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -131,36 +129,6 @@ class Server:
         if http.method == "POST" and (endpoint := ENDPOINTS.get(http.path)):
             return await self.service.answer(http, endpoint)
         try:
-            return await self._control(http)
+            return await self._routes.answer(http)
         except Refused as refused:
             return await self.service.refuse(http, refused, provider_of(http), f"req_{self.service.serial()}")
-
-    async def _control(self, http: web.BaseRequest) -> web.StreamResponse:
-        """The server's own paths: the bill, and the schedule."""
-        match http.method, http.path:
-            case "GET", "/bill":
-                since = http.query.get("since", "0")
-                return _json(self.bill.as_json(int(since) if since.isdecimal() else 0))
-            case "DELETE", "/bill":
-                self.service.bill = Bill()
-                return _json({})
-            case "GET", "/faults":
-                return _json(self.service.faults.model_dump(mode="json"))
-            case "PUT", "/faults":
-                self.service.begin(await _read(http, Faults))
-                return _json({})
-            case "PUT", "/limit":
-                self.service.limits.set(await _read(http, Limit), self.service.now)
-                return _json({})
-        raise Refused("not_found", f"Invalid URL ({http.method} {http.path})")
-
-
-def _json(value: object) -> web.Response:
-    return web.Response(body=orjson.dumps(value), content_type="application/json")
-
-
-async def _read(http: web.BaseRequest, form: type[_F]) -> _F:
-    try:
-        return form.model_validate_json(await http.read())
-    except ValidationError as error:
-        raise Refused("invalid", str(error)) from None

@@ -9,6 +9,7 @@ official client sends one by default, so a collector must not rely on it; `Setti
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import secrets
 import time
@@ -20,9 +21,8 @@ from typing import NamedTuple
 import orjson
 from aiohttp import web
 
-from limbeck.testing import openai_chat
-from limbeck.testing.anthropic import messages
 from limbeck.testing.answers import Json, Twist, body_digest, content_seed
+from limbeck.testing.anthropic import messages
 from limbeck.testing.bill import Bill, Charge, price
 from limbeck.testing.calls import Call, Desk, Reply, Usage
 from limbeck.testing.errors import Provider, Refused, render
@@ -43,13 +43,18 @@ from limbeck.testing.faults import (
     WrongType,
 )
 from limbeck.testing.limits import Limits, retry_headers
+from limbeck.testing.openai_chat import chat
+from limbeck.testing.openai_completions import completions
+from limbeck.testing.openai_responses import responses
 from limbeck.testing.settings import Settings
 from limbeck.testing.vocabulary import Vocabulary
 
 Endpoint = Callable[[Desk, Call], Reply]
 
 ENDPOINTS: dict[str, Endpoint] = {
-    "/v1/chat/completions": openai_chat.chat,
+    "/v1/chat/completions": chat,
+    "/v1/responses": responses,
+    "/v1/completions": completions,
     "/v1/messages": messages,
 }
 """Paths that answer prompts."""
@@ -82,6 +87,7 @@ class Asked:
 
     @property
     def request_id(self) -> str:
+        """As its answer's header names it."""
         return f"req_{self.serial}"
 
 
@@ -93,7 +99,7 @@ class Service:
         self.bill = Bill()
         self.desk = Desk(settings, Vocabulary(settings.vocabulary))
         self.attempts: Counter[str] = Counter()
-        self._serials = itertools.count(1)
+        self._serials, self._acts = itertools.count(1), itertools.count(1)
         self._boot = secrets.token_hex(4)
         self._keys: dict[str, asyncio.Future[Made]] = {}
         self.begin(faults)
@@ -139,6 +145,28 @@ class Service:
         if made is None:
             return self.cut(http, reset=isinstance(fault, Cut) and fault.reset)
         return await self._deliver(asked, made, fault)
+
+    async def act(self, http: web.BaseRequest, raw: bytes, work: Callable[[], Json | bytes]) -> web.StreamResponse:
+        """Do what is no answer to a prompt, such as creating a batch; faults meet it only where they name its path.
+        Connections are cut before or after the work has been done.
+        """
+        serial, provider = self.serial(), provider_of(http)
+        digest = hashlib.sha256(f"{http.method} {http.path_qs} ".encode() + raw).hexdigest()
+        self.attempts[digest] += 1
+        asked = Asked(http, http.path, provider, raw, {}, digest, next(self._acts), self.attempts[digest], serial)
+        try:
+            self.check_key(http)
+            fault = self.draw(asked, answers=False)
+            refuse(fault)
+            if isinstance(fault, Delay):
+                await asyncio.sleep(fault.seconds)
+            if isinstance(fault, Cut) and fault.when == "before_billing":
+                return self.cut(http, reset=fault.reset)
+            done = work()
+        except Refused as refused:
+            return await self.refuse(http, refused, provider, asked.request_id)
+        body = done if isinstance(done, bytes) else orjson.dumps(done)
+        return await self._deliver(asked, Made(digest, asked.request_id, body), fault)
 
     def draw(self, asked: Asked, *, answers: bool) -> Fault | None:
         """The fault for a request, counted."""

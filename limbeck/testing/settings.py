@@ -45,6 +45,8 @@ class Settings(Form):
     """Seconds from a request to its answer."""
     vocabulary: int = Field(default=512, ge=256)
     """Tokens of the toy vocabulary: 256 bytes, then words, then fillers that only stand as ids."""
+    max_logprobs: int = Field(default=20, ge=0)
+    """Most log-probabilities a token that /v1/completions gives."""
     api_keys: tuple[str, ...] = ()
     """Keys that are let in; with none, every key is, and none is needed."""
     quota: Decimal | None = None

@@ -56,7 +56,7 @@ class Vocabulary:
         return b"".join(self.tokens[number] for number in ids).decode(errors="replace")
 
     def text(self, number: int) -> str:
-        """One token as a string, as OpenAI shows it: bytes that are not UTF-8 as `bytes:\\xe2`."""
+        r"""One token as a string, as OpenAI shows it: bytes that are not UTF-8 as `bytes:\xe2`."""
         token = self.tokens[number]
         try:
             return token.decode()
