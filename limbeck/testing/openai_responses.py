@@ -69,7 +69,6 @@ def responses(desk: Desk, call: Call) -> Reply:
         "previous_response_id": None,
         "reasoning": {"effort": None, "summary": None, **(request.reasoning or {})},
         "service_tier": "default",
-        "store": False,
         "temperature": request.temperature,
         "text": request.text or {"format": {"type": "text"}},
         "tool_choice": request.tool_choice or "auto",
@@ -89,7 +88,9 @@ def responses(desk: Desk, call: Call) -> Reply:
 
 
 def _ask(request: ResponsesRequest, call: Call) -> Ask:
-    items = [{"role": "user", "content": request.input}] if isinstance(request.input, str) else request.input
+    items: list[Json] = (
+        [{"role": "user", "content": request.input}] if isinstance(request.input, str) else request.input
+    )
     if not items:
         raise Refused("invalid", "The input is empty.", param="input")
     text, images = render([_message(item) for item in items], request.instructions or "")

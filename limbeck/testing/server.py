@@ -39,10 +39,12 @@ class Server:
         self._runner: web.ServerRunner | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop = asyncio.Event()
 
     @property
     def bill(self) -> Bill:
-        """What was charged."""
+        """What was charged. Read from another thread, it holds all that was sent before."""
+        self._on_loop(lambda: None)
         return self.service.bill
 
     @property
@@ -69,7 +71,8 @@ class Server:
 
     def _on_loop(self, work, *arguments) -> None:
         """Do it between two requests, from whatever thread."""
-        if self._loop is None or self._thread is None or threading.current_thread() is self._thread:
+        thread = self._thread
+        if self._loop is None or thread is None or not thread.is_alive() or threading.current_thread() is thread:
             work(*arguments)
             return
         done = threading.Event()
@@ -97,7 +100,6 @@ class Server:
         ready = threading.Event()
 
         async def serve() -> None:
-            self._stop = asyncio.Event()
             try:
                 await self.__aenter__()
             except OSError as error:
@@ -123,7 +125,8 @@ class Server:
             self._thread.join()
 
     def _request(self, message, payload, protocol, writer, task) -> web.BaseRequest:
-        return web.BaseRequest(message, payload, protocol, writer, task, self._loop, client_max_size=_UPLOAD)
+        loop = self._loop or asyncio.get_running_loop()
+        return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=_UPLOAD)
 
     async def _handle(self, http: web.BaseRequest) -> web.StreamResponse:
         if http.method == "POST" and (endpoint := ENDPOINTS.get(http.path)):
