@@ -156,8 +156,13 @@ def test_server_errors_come_as_they_do_from_a_gateway(status):
 
 
 def test_refusals_that_must_not_be_tried_again():
-    wanted = {"quota": (429, "insufficient_quota"), "unauthorized": (401, "invalid_api_key"),
-              "context": (400, "context_length_exceeded"), "forbidden": (403, None), "invalid": (400, None)}  # fmt: skip
+    wanted = {
+        "quota": (429, "insufficient_quota"),
+        "unauthorized": (401, "invalid_api_key"),
+        "context": (400, "context_length_exceeded"),
+        "forbidden": (403, None),
+        "invalid": (400, None),
+    }
     with faulty(*(Refusal4xx(kind=kind, contains=kind) for kind in wanted), Timeout(contains="slow")) as server:
         for kind, (status, code) in wanted.items():
             got, _, data = post(server, body(kind))
@@ -238,8 +243,8 @@ def test_faults_keep_to_their_windows_numbers_and_paths():
         "malformed",
     ]
     assert kind(raw=b"a needle here") == "drip"
-    assert [kind(path=path, answers=False) for path in ("/v1/files", "/v1/batches/b1", "/v1/batches", "/v1/models")] == [
-        "delay", "delay", None, None]  # fmt: skip
+    paths = ("/v1/files", "/v1/batches/b1", "/v1/batches", "/v1/models")
+    assert [kind(path=path, answers=False) for path in paths] == ["delay", "delay", None, None]
 
 
 def test_what_is_drawn_does_not_depend_on_the_order():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import orjson
 from pydantic import Field, JsonValue
@@ -77,8 +77,8 @@ class BatchRequest(Body):
     """The body of POST /v1/batches."""
 
     input_file_id: str
-    endpoint: str
-    completion_window: str
+    endpoint: Literal["/v1/chat/completions", "/v1/responses", "/v1/completions"]
+    completion_window: Literal["24h"]
     metadata: dict[str, str] | None = Field(default=None, max_length=16)
 
 
