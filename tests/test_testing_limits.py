@@ -24,8 +24,12 @@ def admitted(limits, tokens, now):
     return None
 
 
-@given(st.lists(st.tuples(st.floats(0, 0.5), st.integers(1, 300)), max_size=200), st.floats(60, 6000), st.floats(600, 60_000),
-       st.floats(0.5, 60))  # fmt: skip
+@given(
+    st.lists(st.tuples(st.floats(0, 0.5), st.integers(1, 300)), max_size=200),
+    st.floats(60, 6000),
+    st.floats(600, 60_000),
+    st.floats(0.5, 60),
+)
 @settings(max_examples=100, deadline=None)
 def test_buckets_let_in_what_virtual_scheduling_lets_in(arrivals, requests, tokens, burst):
     """The generic cell rate algorithm (ITU-T I.371) says the same of each bucket, with times in place of levels."""
@@ -98,7 +102,7 @@ def test_tokens_are_taken_by_what_may_be_answered():
 
 def test_headers_say_what_is_left():
     with Server(SMALL, Faults(limits=(Limit(requests_per_minute=120, tokens_per_minute=6000, burst=60),))) as server:
-        status, headers, data = post(server, body(max_tokens=50))
+        status, headers, _ = post(server, body(max_tokens=50))
         assert status == 200
         assert headers["x-ratelimit-limit-requests"] == "120"
         assert headers["x-ratelimit-remaining-requests"] == "119"

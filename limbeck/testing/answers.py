@@ -101,19 +101,20 @@ def content_seed(body: Json) -> bytes:
 
 
 def words(seed: bytes, count: int) -> str:
-    """`count` words (at most a few thousand), of which the first eight tell one seed from another."""
+    """`count` words, of which the first eight tell one seed from another."""
     first = [WORDS[byte % len(WORDS)] for byte in seed[: min(count, 8)]]
     if count <= len(first):
         return " ".join(first)
     start = int.from_bytes(seed[8:12], "big") % _STRETCH
-    return " ".join(first) + _stretch()[5 * start : 5 * (start + count - len(first))]
+    end = start + count - len(first)
+    return " ".join(first) + _stretch(end // _STRETCH + 1)[5 * start : 5 * end]
 
 
-@lru_cache(maxsize=1)
-def _stretch() -> str:
-    """Words in no order that repeats, each with a space before; three times over, so that no cut runs off its end."""
+@lru_cache(maxsize=4)
+def _stretch(times: int) -> str:
+    """Words in no order that repeats, each with a space before; so many times over."""
     drawn = (hashlib.sha256(b"%d" % number).digest()[0] for number in range(_STRETCH))
-    return "".join(f" {WORDS[byte % len(WORDS)]}" for byte in drawn) * 3
+    return "".join(f" {WORDS[byte % len(WORDS)]}" for byte in drawn) * times
 
 
 def compose(ask: Ask, choice: int, model: Model, settings: Settings, vocabulary: Vocabulary) -> Answer:
@@ -124,13 +125,13 @@ def compose(ask: Ask, choice: int, model: Model, settings: Settings, vocabulary:
     if ask.twist and ask.twist.kind in ("refusal", "filter"):
         return _withheld(ask.twist, seed, vocabulary)
     if ask.twist and ask.twist.kind == "truncated":
-        whole = _written(ask, seed, settings, vocabulary)
-        short = int((wanted + vocabulary.count(whole)) * ask.twist.share)
+        short = int((wanted + _written(ask, seed, settings, vocabulary)[1]) * ask.twist.share)
         limit = short if limit is None else min(short, limit)
     thought = wanted if limit is None else min(wanted, limit)
     left = None if limit is None else limit - thought
-    text, stopped = _up_to_stop(_written(ask, seed, settings, vocabulary), ask.stop if ask.tool is None else ())
-    tokens = vocabulary.count(text)
+    text, tokens = _written(ask, seed, settings, vocabulary)
+    text, stopped = _up_to_stop(text, ask.stop if ask.tool is None else ())
+    tokens = vocabulary.count(text) if stopped else tokens
     finish: Finish = "stop_sequence" if stopped else "stop" if ask.tool is None else "tool"
     if left is not None and tokens > left:
         text, tokens, finish, stopped = vocabulary.decode(vocabulary.encode(text)[:left]), left, "length", None
@@ -139,18 +140,20 @@ def compose(ask: Ask, choice: int, model: Model, settings: Settings, vocabulary:
     return Answer("" if ask.tool else text, reasoning, arguments, finish, stopped, tokens, thought)
 
 
-def _written(ask: Ask, seed: bytes, settings: Settings, vocabulary: Vocabulary) -> str:
-    """The text of an answer, or the arguments of its tool call, before any limit."""
-    if ask.tool is not None:
-        return orjson.dumps(instance(ask.tool.parameters, seed)).decode()
-    if ask.schema is not None:
-        made = instance(ask.schema, seed) if ask.schema else {"answer": words(seed, 8)}
-        return orjson.dumps(made).decode()
+def _written(ask: Ask, seed: bytes, settings: Settings, vocabulary: Vocabulary) -> tuple[str, int]:
+    """The text of an answer, or the arguments of its tool call, before any limit; and its tokens."""
+    if ask.tool is not None or ask.schema is not None:
+        schema = ask.schema if ask.tool is None else ask.tool.parameters
+        made = instance(schema, seed) if schema else {"answer": words(seed, 8)} if ask.tool is None else {}
+        text = orjson.dumps(made).decode()
+        return text, vocabulary.count(text)
     count = settings.words
     if settings.spread:
         away = settings.spread * (int.from_bytes(seed[12:16], "big") / 0xFFFFFFFF * 2 - 1)
         count = max(1, round(count * (1 + away)))
-    return words(seed, count)
+    text = words(seed, count)
+    # Counting is most of the work of an answer, and with all words in the vocabulary, each is a token.
+    return text, count if vocabulary.knows_words else vocabulary.count(text)
 
 
 def _withheld(twist: Twist, seed: bytes, vocabulary: Vocabulary) -> Answer:

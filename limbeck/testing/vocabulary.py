@@ -24,7 +24,8 @@ END = 0
 """The token that ends an answer."""
 
 _BARE, _SPACED, _FILLER = 256, 256 + len(WORDS), 256 + 2 * len(WORDS)
-_PIECES = re.compile(rb" ?[a-z]{4}(?![a-z])|.", re.DOTALL)
+_WORD = re.compile(rb" ?[a-z]{4}(?![a-z])")
+_PIECES = re.compile(_WORD.pattern + b"|.", re.DOTALL)
 
 
 class Vocabulary:
@@ -36,6 +37,8 @@ class Vocabulary:
         self.tokens = [bytes([byte]) for byte in range(256)] + words + [b" " + word for word in words]
         self.tokens += [b"<|%d|>" % number for number in range(_FILLER, size)]
         del self.tokens[size:]
+        self.knows_words = size >= _FILLER
+        """Whether each of the words is one token."""
         self._ids = {token: number for number, token in enumerate(self.tokens[:_FILLER])}
 
     def encode(self, text: str) -> list[int]:
@@ -48,8 +51,8 @@ class Vocabulary:
 
     def count(self, text: str) -> int:
         """Number of tokens of a text."""
-        data = text.encode()
-        return len(data) - sum(len(piece) - 1 for piece in _PIECES.findall(data) if piece in self._ids)
+        data, known = text.encode(), self._ids
+        return len(data) - sum([len(piece) - 1 for piece in _WORD.findall(data) if piece in known])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens; bytes that are not UTF-8 become U+FFFD."""
