@@ -36,7 +36,7 @@ clean: ## remove what was installed and cached; runs/ stays
 	$(call install,.[train])
 
 .venv/dev: pyproject.toml constraints.txt
-	$(call install,.[train$(comma)dev])
+	$(call install,.[train$(comma)collect$(comma)dev])
 	@touch .venv/train
 
 comma := ,

@@ -174,6 +174,12 @@ def test_the_command_names_what_is_wrong(tmp_path):
         assert "--port" in result.stderr
 
 
+def test_what_is_not_installed_is_named():
+    code = "import sys; sys.modules['aiohttp'] = None; import limbeck.testing"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stderr.rstrip().endswith("pip install 'limbeck[collect]'")
+
+
 def test_a_taken_port_is_told_to_whoever_starts_the_thread():
     with Server() as server, pytest.raises(OSError, match="address"), Server(port=int(server.url.rpartition(":")[2])):
         pass

@@ -181,6 +181,8 @@ def test_retry_after_in_all_its_forms():
         assert found["none"][1]["retry-after"] is found["none"][1]["retry-after-ms"] is None
         assert found["seconds"][1]["retry-after"] == "3"
         assert found["ms"][1]["retry-after-ms"] == "2500"
+        server.set_faults(Faults(faults=(ServerError(status=503, retry_after="seconds", wait=4),)))
+        assert post(server, body())[1]["retry-after"] == "4"
         moment = parsedate_to_datetime(found["date"][1]["retry-after"]).timestamp()
         assert 0 < moment - time.time() <= 4
 

@@ -11,7 +11,6 @@ import openai
 import pytest
 
 from limbeck.testing import Faults, Model, Server, Settings, Withheld, body_digest
-from limbeck.testing.answers import Ask, compose, content_seed
 
 HELLO = [{"role": "user", "content": "Hello"}]
 SCHEMA = {
@@ -73,11 +72,19 @@ def test_a_chat_is_answered_and_billed(server, client):
 
 
 def test_a_test_can_know_what_must_come(server, client):
-    body = {"model": "toy", "messages": HELLO, "seed": 5}
-    answer = client.chat.completions.create(**body)
-    ask = Ask("toy", content_seed(body), "user: Hello")
-    wanted = compose(ask, 0, server.settings.models["toy"], server.settings, server.service.desk.vocabulary)
-    assert answer.choices[0].message.content == wanted.text
+    before = server.bill.requests
+    for path, create, more in (
+        ("/v1/chat/completions", client.chat.completions.create, {"messages": HELLO, "n": 2}),
+        ("/v1/responses", client.responses.create, {"input": "Hello"}),
+        ("/v1/completions", client.completions.create, {"prompt": "Hello", "logprobs": 2}),
+    ):
+        body = {"model": "thinker", **more}
+        wanted, got = server.expected(path, body), create(**body).to_dict()
+        apart = ("id", "created", "created_at", "output")
+        assert {key: got.get(key) for key in wanted if key not in apart} == {
+            key: value for key, value in wanted.items() if key not in apart
+        }
+    assert server.bill.requests == before + 3
 
 
 def test_choices_limits_and_stops(client):

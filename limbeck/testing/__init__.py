@@ -15,15 +15,24 @@ bill         what was charged
 answers      what is answered, as a pure function of the request
 vocabulary   the toy tokens, and their distribution
 schema       instances of JSON schemas, for tools and structured output
-requests     what the providers' bodies have in common
 calls        what endpoints are given and give back
+requests     what the providers' bodies have in common
 errors       refusals in each provider's shape
-openai_chat  POST /v1/chat/completions
-anthropic    POST /v1/messages
+batches      rows that are worked off over time
+routes       every path that does not answer prompts
+models       GET /v1/models
+openai_chat, openai_responses, openai_completions, openai_batches (files too), anthropic, anthropic_batches
+             one part of a provider's API each
 """
+
+from importlib.util import find_spec
+
+if find_spec("aiohttp") is None or find_spec("orjson") is None:
+    raise ImportError("limbeck.testing needs aiohttp and orjson: pip install 'limbeck[collect]'", name="aiohttp")
 
 from limbeck.testing.answers import body_digest
 from limbeck.testing.bill import Bill, Charge
+from limbeck.testing.errors import Refused
 from limbeck.testing.faults import (
     BadBatch,
     Cut,
@@ -56,6 +65,7 @@ __all__ = [
     "Model",
     "RateLimit",
     "Refusal4xx",
+    "Refused",
     "Server",
     "ServerError",
     "Settings",

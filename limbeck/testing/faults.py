@@ -64,6 +64,9 @@ class ServerError(_When):
 
     kind: Literal["server_error"] = "server_error"
     status: Literal[500, 502, 503, 504, 529] = 500
+    retry_after: Literal["none", "seconds", "date", "ms"] = "none"
+    wait: float = Field(default=1.0, ge=0)
+    """Seconds that Retry-After says, where it is sent."""
 
 
 class Refusal4xx(_When):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from types import TracebackType
 from typing import Self
 
 from aiohttp import web
 
+from limbeck.testing.answers import Json, content_seed
 from limbeck.testing.bill import Bill
+from limbeck.testing.calls import Call
 from limbeck.testing.errors import Refused
 from limbeck.testing.faults import Faults, Limit
 from limbeck.testing.routes import Routes
@@ -60,6 +63,14 @@ class Server:
     def distribution(self, context: list[int]) -> list[float]:
         """Log-probabilities, in nats, of every token after these: what `logprobs` and `prompt_logprobs` show."""
         return self.service.desk.vocabulary.logprobs(context).tolist()
+
+    def expected(self, path: str, body: Json) -> Json:
+        """What a request would be answered with, were nothing to go wrong; not billed. Ids and times differ, all else
+        is the same. Raises `KeyError` for a path that answers no prompts, `limbeck.testing.Refused` for a body that
+        would be refused.
+        """
+        call = Call(path, body, content_seed(body), "expected", time.time())
+        return ENDPOINTS[path](self.service.desk, call).body
 
     def set_faults(self, faults: Faults) -> None:
         """Start another schedule of faults and limits; its clock begins now."""

@@ -120,12 +120,13 @@ class Service:
 
     async def answer(self, http: web.BaseRequest, endpoint: Endpoint) -> web.StreamResponse:
         """Answer a request for an answer, whatever goes wrong on the way."""
-        self.bill.received += 1
-        self.bill.in_flight += 1
+        bill = self.bill  # another may be begun before this request ends
+        bill.received += 1
+        bill.in_flight += 1
         try:
             return await self._answer(http, endpoint)
         finally:
-            self.bill.in_flight -= 1
+            bill.in_flight -= 1
 
     async def _answer(self, http: web.BaseRequest, endpoint: Endpoint) -> web.StreamResponse:
         number, serial = self.bill.received, self.serial()
@@ -194,7 +195,7 @@ class Service:
         try:
             made = await self._make(asked, endpoint, fault, key)
             return made
-        finally:
+        finally:  # refused, or cut before it was billed: the key is free again, and who waits on it tries for itself
             if made is None:
                 del self._keys[key]
                 future.cancel()
@@ -336,7 +337,7 @@ def refuse(fault: Fault | None) -> None:
     if isinstance(fault, RateLimit):
         raise Refused("requests", headers=retry_headers(fault.retry_after, fault.wait))
     if isinstance(fault, ServerError):
-        raise Refused(str(fault.status))
+        raise Refused(str(fault.status), headers=retry_headers(fault.retry_after, fault.wait))
     if isinstance(fault, Refusal4xx | Timeout):
         raise Refused(fault.kind)
 
