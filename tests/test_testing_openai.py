@@ -117,7 +117,8 @@ def test_reasoning_is_shown_where_the_model_shows_it(client):
 
 def test_log_probabilities_are_those_of_the_distribution(server, client):
     answer = client.chat.completions.create(model="toy", messages=HELLO, max_tokens=5, logprobs=True, top_logprobs=3)
-    context = server.service.desk.vocabulary.encode("user: Hello")
+    context = server.context({"model": "toy", "messages": HELLO})
+    assert server.service.desk.vocabulary.decode(context) == "user: Hello"
     content = answer.choices[0].logprobs.content
     assert b"".join(bytes(entry.bytes) for entry in content).decode() == answer.choices[0].message.content
     for entry in content:

@@ -15,6 +15,8 @@ from limbeck.testing.bill import Bill
 from limbeck.testing.calls import Call
 from limbeck.testing.errors import Refused
 from limbeck.testing.faults import Faults, Limit
+from limbeck.testing.openai_chat import ChatRequest
+from limbeck.testing.requests import checked, render
 from limbeck.testing.routes import Routes
 from limbeck.testing.service import ENDPOINTS, Service, provider_of
 from limbeck.testing.settings import Settings
@@ -71,6 +73,13 @@ class Server:
         """
         call = Call(path, body, content_seed(body), "expected", time.time())
         return ENDPOINTS[path](self.service.desk, call).body
+
+    def context(self, body: Json) -> list[int]:
+        """The tokens after which the first token of a chat's answer comes: what `logprobs` of chat completions are
+        conditioned on. Raises `limbeck.testing.Refused` for a body that is no chat.
+        """
+        text = render(checked(ChatRequest, body).messages).text
+        return self.service.desk.vocabulary.encode(text)
 
     def set_faults(self, faults: Faults) -> None:
         """Start another schedule of faults and limits; its clock begins now."""
