@@ -22,6 +22,7 @@ def server():
         ServerError(status=529, contains="OVERLOAD"),
         ServerError(status=500, contains="BREAK"),
         Refusal4xx(kind="quota", contains="BROKE"),
+        Refusal4xx(kind="billing", contains="UNPAID"),
         Refusal4xx(kind="unauthorized", contains="WHO"),
     ))  # fmt: skip
     with Server(Settings(models={"toy": Model(context=8000)}, words=60), faults) as server:
@@ -100,7 +101,8 @@ def test_what_is_withheld(client):
 @pytest.mark.parametrize(("text", "error", "kind"), [
     ("OVERLOAD", anthropic.InternalServerError, "overloaded_error"),
     ("BREAK", anthropic.InternalServerError, "api_error"),
-    ("BROKE", anthropic.APIStatusError, "billing_error"),
+    ("BROKE", anthropic.BadRequestError, "invalid_request_error"),
+    ("UNPAID", anthropic.APIStatusError, "billing_error"),
     ("WHO", anthropic.AuthenticationError, "authentication_error"),
     ("x" * 9000, anthropic.BadRequestError, "invalid_request_error"),
 ])  # fmt: skip

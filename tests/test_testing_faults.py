@@ -160,6 +160,7 @@ def test_refusals_that_must_not_be_tried_again():
         "quota": (429, "insufficient_quota"),
         "unauthorized": (401, "invalid_api_key"),
         "context": (400, "context_length_exceeded"),
+        "billing": (402, None),
         "forbidden": (403, None),
         "invalid": (400, None),
     }
@@ -168,7 +169,7 @@ def test_refusals_that_must_not_be_tried_again():
             got, _, data = post(server, body(kind))
             assert (got, json.loads(data)["error"]["code"]) == (status, code)
         assert post(server, body("slow"))[0] == 408
-        assert (server.bill.requests, server.bill.received) == (0, 6)
+        assert (server.bill.requests, server.bill.received) == (0, 7)
         assert server.bill.faults == {**dict.fromkeys(wanted, 1), "timeout": 1}
 
 

@@ -30,7 +30,7 @@ def admitted(limits, tokens, now):
     st.floats(600, 60_000),
     st.floats(0.5, 60),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_buckets_let_in_what_virtual_scheduling_lets_in(arrivals, requests, tokens, burst):
     """The generic cell rate algorithm (ITU-T I.371) says the same of each bucket, with times in place of levels."""
     limits = Limits((Limit(requests_per_minute=requests, tokens_per_minute=tokens, burst=burst),))

@@ -2,8 +2,10 @@
 
 Checked against: the error types of the anthropic Python client 2.13 and Anthropic's page "Errors"
 (`{"type": "error", "error": {"type", "message"}, "request_id"}`); the fields message, type, param and code of the
-openai Python client 3.57. The texts of messages are ours. Not verified against a provider: the status 402 for an
-exhausted Anthropic account (documented as billing_error), and HTML as the body of a gateway's 502 and 504.
+openai Python client 3.57. The texts of messages are ours, but for one: users report (anthropic-sdk-typescript#618,
+claude-code#4207) that an exhausted Anthropic account is a 400 invalid_request_error which only its text tells from a bad
+request, while the documentation has billing_error; `quota` is the one, `billing` the other. For the OpenAI API, `billing`
+is the 402 of routers and of other makers of that API. Not verified: HTML as the body of a gateway's 502 and 504.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ _OPENAI = {
     "requests": _Words(429, "requests", "rate_limit_exceeded", "Rate limit reached on requests per min (RPM)."),
     "tokens": _Words(429, "tokens", "rate_limit_exceeded", "Rate limit reached on tokens per min (TPM)."),
     "quota": _Words(429, "insufficient_quota", "insufficient_quota", "You exceeded your current quota."),
+    "billing": _Words(402, "insufficient_balance", None, "Insufficient balance."),
     "500": _Words(500, "server_error", None, "The server had an error while processing your request."),
     "502": _Words(502, "", None, "Bad gateway"),
     "503": _Words(503, "server_error", None, "The engine is currently overloaded, please try again later."),
@@ -62,7 +65,8 @@ _ANTHROPIC = {
     "conflict": _Words(409, "conflict_error", None, "The request conflicts with another."),
     "requests": _Words(429, "rate_limit_error", None, "This would exceed your rate limit of requests per minute."),
     "tokens": _Words(429, "rate_limit_error", None, "This would exceed your rate limit of tokens per minute."),
-    "quota": _Words(402, "billing_error", None, "Your credit balance is too low."),
+    "quota": _Words(400, "invalid_request_error", None, "Your credit balance is too low to access the Anthropic API."),
+    "billing": _Words(402, "billing_error", None, "There is an issue with your billing or payment information."),
     "500": _Words(500, "api_error", None, "Internal server error"),
     "502": _Words(502, "", None, "Bad gateway"),
     "503": _Words(503, "api_error", None, "Service unavailable"),

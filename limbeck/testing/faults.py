@@ -70,9 +70,9 @@ class ServerError(_When):
 
 
 class Refusal4xx(_When):
-    """A request refused for good: what must not be tried again. `quota` is a 429 all the same at OpenAI."""
+    """A request refused for good: what must not be tried again, although OpenAI's `quota` is a 429."""
 
-    kind: Literal["context", "unauthorized", "forbidden", "quota", "invalid"]
+    kind: Literal["context", "unauthorized", "forbidden", "quota", "billing", "invalid"]
 
 
 class Timeout(_When):
