@@ -18,7 +18,7 @@ from limbeck.testing.limits import Limits
 
 def admitted(limits, tokens, now):
     try:
-        limits.admit(tokens, now)
+        limits.admit(0, tokens, now)
     except Refused as refused:
         return refused
     return None
@@ -120,6 +120,20 @@ def test_headers_say_what_is_left():
         status, headers, _ = post(server, body())
         assert status == 429
         assert 50 < int(headers["retry-after"]) <= 60
+
+
+def test_input_and_output_can_have_limits_of_their_own():
+    limits = Limits((Limit(input_tokens_per_minute=600, output_tokens_per_minute=60, burst=1, retry_after="ms"),))
+    limits.admit(10, 1, 0)
+    for prompt, answer, kind, wait in ((5, 0, "input-tokens", 500), (0, 1, "output-tokens", 1000)):
+        with pytest.raises(Refused) as raised:
+            limits.admit(prompt, answer, 0)
+        assert (raised.value.kind, raised.value.headers) == (kind, {"retry-after-ms": str(wait)})
+    assert {name: value for name, value in limits.headers("anthropic").items() if "reset" not in name} == {
+        "anthropic-ratelimit-input-tokens-limit": "600", "anthropic-ratelimit-input-tokens-remaining": "0",
+        "anthropic-ratelimit-output-tokens-limit": "60", "anthropic-ratelimit-output-tokens-remaining": "0",
+    }  # fmt: skip
+    assert limits.headers("openai") == {}
 
 
 def test_limits_are_changed_over_http():

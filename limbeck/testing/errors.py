@@ -3,9 +3,9 @@
 Checked against: the error types of the anthropic Python client 2.13 and Anthropic's page "Errors"
 (`{"type": "error", "error": {"type", "message"}, "request_id"}`); the fields message, type, param and code of the
 openai Python client 3.57. The texts of messages are ours, but for one: users report (anthropic-sdk-typescript#618,
-claude-code#4207) that an exhausted Anthropic account is a 400 invalid_request_error which only its text tells from a bad
-request, while the documentation has billing_error; `quota` is the one, `billing` the other. For the OpenAI API, `billing`
-is the 402 of routers and of other makers of that API. Not verified: HTML as the body of a gateway's 502 and 504.
+claude-code#4207) that an exhausted Anthropic account is a 400 invalid_request_error which only its text tells from a
+bad request, while the documentation has billing_error; `quota` is the one, `billing` the other. For the OpenAI API,
+`billing` is the 402 of routers and of others who serve it. Not verified: HTML as the body of a gateway's 502 and 504.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ _OPENAI = {
     "conflict": _Words(409, "invalid_request_error", None, "The request conflicts with another."),
     "requests": _Words(429, "requests", "rate_limit_exceeded", "Rate limit reached on requests per min (RPM)."),
     "tokens": _Words(429, "tokens", "rate_limit_exceeded", "Rate limit reached on tokens per min (TPM)."),
+    "input-tokens": _Words(429, "tokens", "rate_limit_exceeded", "Rate limit reached on input tokens per min."),
+    "output-tokens": _Words(429, "tokens", "rate_limit_exceeded", "Rate limit reached on output tokens per min."),
     "quota": _Words(429, "insufficient_quota", "insufficient_quota", "You exceeded your current quota."),
     "billing": _Words(402, "insufficient_balance", None, "Insufficient balance."),
     "500": _Words(500, "server_error", None, "The server had an error while processing your request."),

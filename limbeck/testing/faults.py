@@ -159,6 +159,10 @@ class Limit(Form):
     requests_per_minute: float | None = Field(default=None, gt=0)
     tokens_per_minute: float | None = Field(default=None, gt=0)
     """Prompt tokens and the most that may be answered (max_tokens), taken when a request is let in."""
+    input_tokens_per_minute: float | None = Field(default=None, gt=0)
+    """Prompt tokens alone, as Anthropic counts."""
+    output_tokens_per_minute: float | None = Field(default=None, gt=0)
+    """The most that may be answered, alone."""
     burst: float = Field(default=60.0, gt=0)
     """The buckets hold what flows in within so many seconds. Providers allow a minute's worth, or a second's."""
     retry_after: Literal["none", "seconds", "date", "ms"] = "seconds"

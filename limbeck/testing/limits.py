@@ -1,8 +1,8 @@
 """Rate limits as token buckets, and the headers that say what is left of them.
 
 Header names and forms as OpenAI (`x-ratelimit-remaining-requests`, resets as durations such as `1s`, `6m0s`) and
-Anthropic (`anthropic-ratelimit-requests-remaining`, resets as RFC 3339 times) publish them. Anthropic's separate
-buckets for input and output tokens are not modelled; its `tokens` headers stand for both.
+Anthropic (`anthropic-ratelimit-requests-remaining`, resets as RFC 3339 times; requests, tokens, input-tokens,
+output-tokens) publish them. OpenAI has no headers for input and output tokens apart.
 """
 
 from __future__ import annotations
@@ -48,61 +48,69 @@ class Limits:
     def __init__(self, limits: tuple[Limit, ...]):
         self._coming = sorted(limits, key=lambda limit: limit.after)
         self._limit: Limit | None = None
-        self._requests: Bucket | None = None
-        self._tokens: Bucket | None = None
+        self._buckets: dict[str, Bucket] = {}
 
     def set(self, limit: Limit, now: float) -> None:
         """Change the limits at once."""
         self._limit = limit
-        self._requests = _changed(self._requests, limit.requests_per_minute, limit.burst, now)
-        self._tokens = _changed(self._tokens, limit.tokens_per_minute, limit.burst, now)
+        wanted = {
+            "requests": limit.requests_per_minute,
+            "tokens": limit.tokens_per_minute,
+            "input-tokens": limit.input_tokens_per_minute,
+            "output-tokens": limit.output_tokens_per_minute,
+        }
+        self._buckets = {
+            kind: _changed(self._buckets.get(kind), per_minute, limit.burst, now)
+            for kind, per_minute in wanted.items()
+            if per_minute is not None
+        }
 
-    def admit(self, tokens: int, now: float) -> None:
+    def admit(self, prompt_tokens: int, answer_tokens: int, now: float) -> None:
         """Take a request and its tokens, or raise `Refused` (429)."""
         while self._coming and self._coming[0].after <= now:
             self.set(self._coming.pop(0), now)
         if self._limit is None:
             return
-        wanted = [(self._requests, 1.0, "requests"), (self._tokens, float(tokens), "tokens")]
-        there = [(bucket, amount, kind) for bucket, amount, kind in wanted if bucket is not None]
-        waits = []
-        for bucket, amount, kind in there:
+        wanted = {
+            "requests": 1,
+            "tokens": prompt_tokens + answer_tokens,
+            "input-tokens": prompt_tokens,
+            "output-tokens": answer_tokens,
+        }
+        wait, kind = 0.0, ""
+        for name, bucket in self._buckets.items():
             bucket.fill(now)
-            waits.append((bucket.wait(amount), kind))
-        longest = max(waits, default=(0.0, ""))
-        if longest[0] <= 1e-9:  # what rounding leaves; who waited as told is let in
-            for bucket, amount, _ in there:
-                bucket.level -= amount
+            if (needed := bucket.wait(wanted[name])) > wait:
+                wait, kind = needed, name
+        if wait <= 1e-9:  # what rounding leaves; who waited as told is let in
+            for name, bucket in self._buckets.items():
+                bucket.level -= wanted[name]
             return
-        if self._limit.count_refused and self._requests is not None:
-            self._requests.level -= 1
-        message = f"Rate limit reached on {longest[1]} per min. Please try again in {longest[0]:.3f}s."
-        raise Refused(longest[1], message, headers=retry_headers(self._limit.retry_after, longest[0]))
+        if self._limit.count_refused and "requests" in self._buckets:
+            self._buckets["requests"].level -= 1
+        message = f"Rate limit reached on {kind.replace('-', ' ')} per min. Please try again in {wait:.3f}s."
+        raise Refused(kind, message, headers=retry_headers(self._limit.retry_after, wait))
 
     def headers(self, provider: Provider) -> dict[str, str]:
         """What is left, for an answer's headers."""
         if self._limit is None or not self._limit.headers:
             return {}
         found = {}
-        for kind, bucket in (("requests", self._requests), ("tokens", self._tokens)):
-            if bucket is None:
-                continue
+        for kind, bucket in self._buckets.items():
             full = (bucket.capacity - bucket.level) / bucket.rate
+            left = str(max(0, int(bucket.level)))
             if provider == "anthropic":
                 reset = (datetime.now(UTC) + timedelta(seconds=full)).strftime("%Y-%m-%dT%H:%M:%SZ")
                 name = f"anthropic-ratelimit-{kind}-"
-                found |= {name + "limit": str(int(bucket.per_minute)), name + "reset": reset,
-                          name + "remaining": str(max(0, int(bucket.level)))}  # fmt: skip
-            else:
-                found |= {f"x-ratelimit-limit-{kind}": str(int(bucket.per_minute)),
-                          f"x-ratelimit-remaining-{kind}": str(max(0, int(bucket.level))),
-                          f"x-ratelimit-reset-{kind}": _duration(full)}  # fmt: skip
+                found |= {name + "limit": str(int(bucket.per_minute)), name + "remaining": left, name + "reset": reset}
+            elif kind in ("requests", "tokens"):
+                found[f"x-ratelimit-limit-{kind}"] = str(int(bucket.per_minute))
+                found[f"x-ratelimit-remaining-{kind}"] = left
+                found[f"x-ratelimit-reset-{kind}"] = _duration(full)
         return found
 
 
-def _changed(bucket: Bucket | None, per_minute: float | None, burst: float, now: float) -> Bucket | None:
-    if per_minute is None:
-        return None
+def _changed(bucket: Bucket | None, per_minute: float, burst: float, now: float) -> Bucket:
     if bucket is None:
         return Bucket(per_minute, burst, now)
     bucket.change(per_minute, burst, now)

@@ -208,7 +208,7 @@ class Service:
         call = Call(asked.path, asked.body, content_seed(asked.body), asked.serial, time.time(), twist_of(fault))
         reply = endpoint(self.desk, call)
         if reply.usage is not None:
-            self.limits.admit(reply.usage.prompt_tokens + _most(asked.body, reply.usage), self.now)
+            self.limits.admit(reply.usage.prompt_tokens, _most(asked.body, reply.usage), self.now)
         delay = self.settings.delay + (fault.seconds if isinstance(fault, Delay) else 0)
         if delay:
             await asyncio.sleep(delay)
