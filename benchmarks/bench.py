@@ -116,7 +116,9 @@ def spread(results: Sequence[Result], key: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table."""
+    """A markdown table; nothing without rows."""
+    if not rows:
+        return ""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -130,6 +132,7 @@ def machine(peers: Path | None = None) -> dict[str, str]:
     words = {
         "processor": info.get("model name") or platform.processor() or platform.machine(),
         "cores": str(cores),
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "bf16": bf16 or "no instruction of x86 for it",
         "threads": os.environ.get("OMP_NUM_THREADS", "torch's default"),
         "limbeck's side": _versions(Path(sys.executable), ("torch", "transformers", "accelerate")),

@@ -130,7 +130,8 @@ def main() -> int:
                 trained[run.name, seed] = result
                 found[run.name, seed] = measure(student, where)
     words = machine(peers_python(options.peers))
-    report = "\n\n".join([say_machine(words), scores(found, trained), differences(found, options.seeds)])
+    parts = [say_machine(words), scores(found, trained), differences(found, options.seeds)]
+    report = "\n\n".join(filter(None, parts))
     data: Result = {
         "machine": words,
         "trained": [{"side": name, "seed": seed, **result} for (name, seed), result in trained.items()],

@@ -6,9 +6,10 @@ and so may be off by what that costs: 2^-9 of the greatest logit, for each of th
 projects in float32 on a CPU, and is closer; GKDTrainer under bf16=True and Liger round as limbeck does.
 
 What is compared: TRL's `GKDTrainer.generalized_jsd_loss` (plain logits) and the torch fallback of its chunked
-divergence kernel (the loss of `DistillationTrainer`); Liger's `LigerFusedLinearJSDLoss` in plain torch, both its
-soft and its hard part. Liger's Triton kernels (JSD, KL, TVD on whole logits) need a GPU and are not compared. Skew
-KL is defined by neither peer. TRL and Liger mean by beta what limbeck means: the teacher's share of the mixture.
+divergence kernel (the loss of `DistillationTrainer`); Liger's `LigerFusedLinearJSDLoss` in plain torch, both its soft
+and its hard part, and its Triton kernel `LigerJSD` under Triton's interpreter. Its Triton kernels for KL and total
+variation do not run in that interpreter, and need a GPU. Skew KL is defined by neither peer. TRL and Liger mean by
+beta what limbeck means: the teacher's share of the mixture.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+from liger_kernel.transformers import LigerJSD
 from torch import Tensor
 from trl.experimental.gkd import GKDTrainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-from limbeck.signal import HiddenSignal, TextSignal
+from limbeck.signal import DenseSignal, HiddenSignal, TextSignal
 from limbeck.train.fused import fused_loss
 from limbeck.train.losses import Loss, forward_kl, generalized_jsd, reverse_kl
 from limbeck.train.pairing import signal_loss
@@ -104,6 +107,22 @@ def plain(generator: torch.Generator) -> Iterator[Row]:
             yield Row(what, apart(mine, other), apart(my_grad, grad), 1e-10)
 
 
+def triton(generator: torch.Generator) -> Iterator[Row]:
+    """`LigerJSD`, which takes log-probabilities and averages over positions, in float32."""
+    student_NV = 3 * torch.randn(9, 211, generator=generator)
+    teacher_NV = student_NV + torch.randn(9, 211, generator=generator)
+    for beta in BETAS:
+
+        def theirs(logits: Tensor, beta=beta) -> Tensor:
+            return LigerJSD(beta=beta)(logits.log_softmax(-1), teacher_NV.log_softmax(-1))
+
+        def ours(logits: Tensor, beta=beta) -> Tensor:
+            return signal_loss(logits, DenseSignal(teacher_NV), loss=by_beta(beta)).mean()
+
+        (mine, my_grad), (other, grad) = (with_gradient(f, student_NV) for f in (ours, theirs))
+        yield Row(f"Liger Triton JSD, beta {beta}, float32", apart(mine, other), apart(my_grad, grad), 1e-4)
+
+
 def with_gradient(loss: Callable[[Tensor], Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
     leaf = logits.clone().requires_grad_()
     value = loss(leaf)
@@ -146,6 +165,7 @@ def limbeck_fused(beta: float, temperature: float = 1.0, scale: float = 1.0, sof
             signal,
             loss=by_beta(beta),
             temperature=temperature,
+            chunk=20,
             head_bias=given.bias,
             logit_scale=scale,
             softcap=softcap,
@@ -278,7 +298,7 @@ def fused(generator: torch.Generator) -> Iterator[Row]:
 
 def main() -> int:
     generator = torch.Generator().manual_seed(0)
-    rows = [*plain(generator), *fused(generator)]
+    rows = [*plain(generator), *triton(generator), *fused(generator)]
     print("| against | value | gradient | allowed | peer from float64: value, gradient | |\n|---|---|---|---|---|---|")
     for row in rows:
         found = f"{row.value:.1e} | {row.gradient:.1e} | {row.tolerance:.1e}"
