@@ -64,6 +64,14 @@ def add_options(parser: argparse.ArgumentParser, *, chats: int, held_out: int) -
     parser.add_argument("--held-out", type=int, default=held_out, help="chats to measure with (default: %(default)s)")
 
 
+def prepared(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Path:
+    """`prepare`; bad data ends the process as a bad option does, with 2."""
+    try:
+        return prepare(options)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
 def prepare(options: argparse.Namespace) -> Path:
     """The directory of the material; made again only when a setting or the data changed.
 
@@ -77,10 +85,10 @@ def prepare(options: argparse.Namespace) -> Path:
     record = out / "material.json"
     if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["settings"] == settings._asdict():
         return out
+    chats = _chats(options.data, settings)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     _save_models(settings, out)
-    chats = _chats(options.data, settings, out)
     with open(out / "chats.jsonl", "w", encoding="utf-8") as file:
         for chat in chats[: settings.chats]:
             answer = {"role": "assistant", "content": chat.answer}
@@ -102,7 +110,7 @@ def _save_models(settings: Settings, out: Path) -> None:
     models.release()
 
 
-def _chats(data: Path, settings: Settings, out: Path) -> list[Chat]:
+def _chats(data: Path, settings: Settings) -> list[Chat]:
     renderer = ChatRenderer(models.load_tokenizer(settings.teacher), settings.teacher)
     wanted, found = settings.chats + settings.held_out, []
     for question, answer in _rows(data):
@@ -119,13 +127,17 @@ def _chats(data: Path, settings: Settings, out: Path) -> list[Chat]:
 def _rows(data: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(data.read_text(encoding="utf-8").splitlines(), 1):
         row = json.loads(line)
-        if "question" in row:
-            yield row["question"], row["answer"]
-        elif "instruction" in row:
-            instance = row["instances"][0]
-            yield "\n".join(filter(None, [row["instruction"], instance["input"]])), instance["output"]
-        else:
-            raise ValueError(f"{data}:{number}: neither question and answer nor instruction and instances")
+        if not isinstance(row, dict):
+            raise ValueError(f"{data}:{number}: {line[:40]!r}, expected a JSON object")
+        try:
+            if "question" in row:
+                yield row["question"], row["answer"]
+            else:
+                instance = row["instances"][0]
+                yield "\n".join(filter(None, [row["instruction"], instance["input"]])), instance["output"]
+        except (KeyError, TypeError, IndexError) as error:
+            known = "question and answer, or instruction and instances"
+            raise ValueError(f"{data}:{number}: {sorted(row)}, expected {known}") from error
 
 
 def _write_examples(chats: Sequence[Chat], settings: Settings, out: Path) -> None:
@@ -156,7 +168,7 @@ def _write_examples(chats: Sequence[Chat], settings: Settings, out: Path) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, chats=96, held_out=32)
-    print(prepare(parser.parse_args()))
+    print(prepared(parser, parser.parse_args()))
 
 
 if __name__ == "__main__":

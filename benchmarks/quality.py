@@ -120,7 +120,7 @@ def main() -> int:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one training each (default: 0 1 2)")
     options = parser.parse_args()
-    where = material.prepare(options)
+    where = material.prepared(parser, options)
     found = {("before", 0): measure(where / "student", where)}
     trained: dict[tuple[str, int], Result] = {}
     for seed in options.seeds:

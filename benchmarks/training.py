@@ -163,7 +163,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=0, help="stop every run after so many steps; 0 is never")
     parser.add_argument("--only", nargs="+", choices=[*PEERS, *OURS, "profile"], help="run these cases only")
     options = parser.parse_args()
-    where = material.prepare(options)
+    where = material.prepared(parser, options)
     results: Results = alternate(runs_of(options, where), options.rounds, options.out / "logs")
     profiled = None
     if not options.only or "profile" in options.only:
