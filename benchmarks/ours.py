@@ -4,6 +4,9 @@
     stored      distillation from that store
     text        the same trainer, batches and order with plain cross-entropy on the text
     live        distillation against the live teacher's hidden states
+    on-policy   the student writes all answers, 128 tokens at most, and learns by reverse KL to the live teacher;
+                four steps' answers are written at a time
+    strict      the same, each step's answers written by the student as it then is
     profile     two steps of `stored` under torch.profiler
     peak        the processor's bf16 matrix peak
 
@@ -28,8 +31,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from limbeck import models
+from limbeck.collect.journal import Journal
+from limbeck.ledger.canonical import digest_bytes
 from limbeck.recipe import (
     LocalTeacher,
+    OnPolicy,
     PrunedStudent,
     Recipe,
     SampledSignalSettings,
@@ -43,7 +49,9 @@ from limbeck.rundir import RunDir
 from limbeck.signal.annotate import annotate
 from limbeck.signal.head import head_of
 from limbeck.signal.store import SignalStore
-from limbeck.train.schedule import make_schedule
+from limbeck.train.feed import Feed
+from limbeck.train.rollouts import Rollouts
+from limbeck.train.schedule import Schedule, make_schedule
 from limbeck.train.sources import LiveTeacher, SignalSource, Stored
 from limbeck.train.trainer import DistillationTrainer
 
@@ -86,18 +94,29 @@ def annotation(options: argparse.Namespace) -> Result:
 
 
 def stored(options: argparse.Namespace) -> Result:
-    return train(options, Stored(store_of(options, "sampled")), "forward_kl")
+    return train(options, Stored(store_of(options, "sampled")), None, "forward_kl")
 
 
 def text(options: argparse.Namespace) -> Result:
-    return train(options, Stored(store_of(options, "text")), "cross_entropy")
+    return train(options, Stored(store_of(options, "text")), None, "cross_entropy")
 
 
 def live(options: argparse.Namespace) -> Result:
+    return train(options, *_live(options), "forward_kl")
+
+
+def _live(options: argparse.Namespace) -> tuple[SignalSource, PreTrainedModel]:
     teacher = models.load_model(str(options.material / "teacher"), "bf16")
     words = models.load_tokenizer(str(options.material / "teacher"))
-    source = LiveTeacher(teacher, min(len(words), teacher.config.get_text_config().vocab_size))
-    return train(options, source, "forward_kl", teacher=teacher)
+    return LiveTeacher(teacher, min(len(words), teacher.config.get_text_config().vocab_size)), teacher
+
+
+def on_policy(options: argparse.Namespace) -> Result:
+    return train(options, *_live(options), "reverse_kl", own=OnPolicy(max_tokens=128, every=4))
+
+
+def strictly_on_policy(options: argparse.Namespace) -> Result:
+    return train(options, *_live(options), "reverse_kl", own=OnPolicy(max_tokens=128, every=1))
 
 
 class _Profiled(TrainerCallback):
@@ -119,7 +138,7 @@ def profiled(options: argparse.Namespace) -> Result:
     """Where the time of a step goes: the share of every operation in the time of all, its own time only."""
     watch = _Profiled(options.skip)
     options.steps = options.skip + 2
-    found = train(options, Stored(store_of(options, "sampled")), "forward_kl", callbacks=[watch])
+    found = train(options, Stored(store_of(options, "sampled")), None, "forward_kl", callbacks=[watch])
     averages = watch.profiler.key_averages()
     total = sum(row.self_cpu_time_total for row in averages)
     rows = sorted(averages, key=lambda row: -row.self_cpu_time_total)[:20]
@@ -134,44 +153,76 @@ def peak(options: argparse.Namespace) -> Result:
 def train(
     options: argparse.Namespace,
     source: SignalSource,
+    teacher: PreTrainedModel | None,
     loss: str,
     *,
-    teacher: PreTrainedModel | None = None,
+    own: OnPolicy | None = None,
     callbacks: list[TrainerCallback] | None = None,
 ) -> Result:
-    """Trains the student as the train stage does, without checkpoints; returns figures and operations."""
+    """Trains the student as the train stage does, without checkpoints; returns figures and operations. `own` lets the
+    student write all of its answers.
+    """
+    models.keep_memory()
     examples = read_examples(options.material / "examples").train
     lengths = [len(e.tokens_T) for e in examples]
     schedule = make_schedule(lengths, batch_size=BATCH, epochs=options.epochs, pieces=1, seed=options.seed)
-    schedule = replace(schedule, steps=schedule.steps[: options.steps or None])
+    whole = schedule.steps[: options.steps or None]
+    none = ((),) * len(whole)
+    schedule = replace(schedule, steps=none if own else whole, prompts=whole if own else none)
     student = str(options.material / "student")
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     head_of(model)  # as the train stage does: its proof must run before autocast is on
+    written = _Written(model, options, examples, schedule, own) if own else None
+    feed = Feed(examples, schedule, own_answers=written)
     clock, steps = StepClock(), len(schedule.steps)
     same = arguments(
         str(options.material / "ours"), steps=steps, learning_rate=options.learning_rate, seed=options.seed
     )
     trainer = DistillationTrainer(
         model,
-        examples=examples,
+        feed=feed,
         source=source,
         loss=loss,
         temperature=1.0,
-        schedule=schedule,
-        pad_id=0,
         args=TrainingArguments(**cast("dict[str, Any]", same), per_device_train_batch_size=1, num_train_epochs=1),
         callbacks=[*(callbacks or []), clock],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    batches = [[examples[i] for micro in step for i in micro] for step in schedule.steps]
+    batches = [
+        [*(examples[i] for i in step), *(written.steps[n] if written else ())] for n, step in enumerate(schedule.steps)
+    ]
     counts = Counts([sum(len(e.tokens_T) for e in b) for b in batches], [sum(e.supervised for e in b) for b in batches])
     if options.save:
         model.save_pretrained(options.save)
         models.load_tokenizer(student).save_pretrained(options.save)
     found = figures(clock, counts, trainer.state.log_history, options.skip)
     timed = batches[steps - cast("int", found["steps_timed"]) :]
-    return found | {"flops": flops(model, teacher, timed), "padding": schedule.padding}
+    return found | {"flops": flops(model, teacher, timed), "padding": feed.counts.padding}
+
+
+class _Written:
+    """The student's answers, journaled in a file of its own, and kept by step to be counted."""
+
+    def __init__(self, model, options: argparse.Namespace, examples: list[Example], schedule: Schedule, own: OnPolicy):
+        self.steps: dict[int, list[Example]] = {}
+        path = options.result.with_suffix(".journal.db")
+        path.unlink(missing_ok=True)
+        self._rollouts = Rollouts(
+            model,
+            models.load_tokenizer(str(options.material / "student")),
+            examples=examples,
+            schedule=schedule,
+            settings=own,
+            journal=Journal(path),
+            made_from=digest_bytes(b"benchmark"),
+            seed=options.seed,
+            dtype=torch.bfloat16,
+        )
+
+    def __call__(self, step: int) -> list[Example]:
+        self.steps[step] = self._rollouts.answers(step)
+        return self.steps[step]
 
 
 def flops(student: PreTrainedModel, teacher: PreTrainedModel | None, batches: list[list[Example]]) -> float:
@@ -187,6 +238,8 @@ CASES: dict[str, Callable[[argparse.Namespace], Result]] = {
     "stored": stored,
     "text": text,
     "live": live,
+    "on-policy": on_policy,
+    "strict": strictly_on_policy,
     "profile": profiled,
     "peak": peak,
 }

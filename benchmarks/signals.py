@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import torch
 from stored_forms import Drawn, Entries, Form, distillkit, draws_for, random_sampling, threshold, top_k
-from students import Kept, KeptSource, LiveSource, Reached, measure, schedule_of, train_student
+from students import Kept, KeptSource, Reached, measure, schedule_of, train_student
 from torch import Tensor
 
 from limbeck import models
@@ -44,6 +44,7 @@ from limbeck.signal.annotate import plan_shards, signal_key
 from limbeck.signal.encoding import SampledArrays
 from limbeck.signal.head import head_logits, hidden_states
 from limbeck.signal.store import Planned, SignalKey, SignalStore, SignalWriter
+from limbeck.train.sources import LiveTeacher
 
 CHUNK = 128
 """Positions whose dense means are held at a time."""
@@ -173,7 +174,7 @@ def students(run: RunDir, examples: ExampleSet, found: Collected, vocab_size: in
     texts = {e.id: Kept(text_entries(e), torch.zeros(e.supervised)) for e in examples.train}
     kept = {name: KeptSource(k, vocab_size, recipe.train.temperature) for name, k in found.kept.items()}
     sources = {
-        "exact": LiveSource(teacher, examples.train, vocab_size),
+        "exact": LiveTeacher(teacher, vocab_size),
         **kept,
         "text": KeptSource(texts, vocab_size, recipe.train.temperature),
     }
@@ -275,7 +276,7 @@ def main() -> None:
     used = examples.train
     if options.steps:
         steps = schedule_of(run, examples, options.steps).steps
-        used = [examples.train[i] for i in sorted({i for step in steps for micro in step for i in micro})]
+        used = [examples.train[i] for i in sorted({i for step in steps for i in step})]
     found = collect(
         run,
         used,

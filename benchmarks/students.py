@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,16 +20,17 @@ from limbeck import models
 from limbeck.evaluate.compare import sum_over_example
 from limbeck.evaluate.evaluate import choose
 from limbeck.evaluate.figures import Row, scores_of
-from limbeck.records import Example
-from limbeck.render.batches import collate
+from limbeck.render.batches import Batch
 from limbeck.render.examples import ExampleSet
 from limbeck.rundir import RunDir
 from limbeck.seeds import derive_seed
-from limbeck.signal.head import head_of, hidden_states
-from limbeck.signal.types import HiddenSignal, SampledSignal, concat
+from limbeck.signal.head import head_of
+from limbeck.signal.types import SampledSignal, concat
+from limbeck.train.feed import Feed
 from limbeck.train.schedule import Schedule, make_schedule
-from limbeck.train.stage import _arguments
-from limbeck.train.trainer import DistillationTrainer, SignalSource
+from limbeck.train.sources import SignalSource
+from limbeck.train.stage import arguments
+from limbeck.train.trainer import DistillationTrainer
 
 
 class Kept(NamedTuple):
@@ -45,9 +46,9 @@ class KeptSource:
     def __init__(self, kept: Mapping[str, Kept], vocab_size: int, temperature: float):
         self._kept, self._vocab_size, self._temperature = kept, vocab_size, temperature
 
-    def take(self, example_ids: Sequence[str]) -> SampledSignal:
+    def take(self, batch: Batch) -> SampledSignal:
         """The signal of these examples."""
-        return concat([self._signal(self._kept[i]) for i in example_ids])
+        return concat([self._signal(self._kept[i]) for i in batch.example_ids])
 
     def _signal(self, kept: Kept) -> SampledSignal:
         counts_N, ids_E, weights_E = kept.entries
@@ -55,23 +56,6 @@ class KeptSource:
         return SampledSignal(
             counts_N, none_N, ids_E, weights_E, kept.entropy_N, 1.0, self._vocab_size, self._temperature
         )
-
-
-class LiveSource:
-    """The teacher itself: nothing is stored and nothing is lost."""
-
-    def __init__(self, teacher: PreTrainedModel, examples: Sequence[Example], vocab_size: int):
-        self._teacher, self._vocab_size = teacher, vocab_size
-        self._examples = {e.id: e for e in examples}
-
-    @torch.no_grad()
-    def take(self, example_ids: Sequence[str]) -> HiddenSignal:
-        """The signal of these examples."""
-        batch = collate([self._examples[i] for i in example_ids], 0)
-        with torch.autocast(self._teacher.device.type, enabled=False):
-            hidden_ND = hidden_states(self._teacher, batch.tokens_BT)[batch.predict_BT]
-        head = head_of(self._teacher)
-        return HiddenSignal(hidden_ND, head.weight.detach(), self._vocab_size, head.bias, head.scale, head.softcap)
 
 
 class Reached(NamedTuple):
@@ -92,7 +76,7 @@ def schedule_of(run: RunDir, examples: ExampleSet, steps: int) -> Schedule:
     whole = make_schedule(
         lengths, batch_size=settings.batch_size, epochs=-(-steps // per_epoch), pieces=settings.accumulate, seed=seed
     )
-    return dataclasses.replace(whole, steps=whole.steps[:steps])
+    return dataclasses.replace(whole, steps=whole.steps[:steps], prompts=whole.prompts[:steps])
 
 
 def train_student(run: RunDir, examples: ExampleSet, schedule: Schedule, source: SignalSource) -> Reached:
@@ -103,16 +87,14 @@ def train_student(run: RunDir, examples: ExampleSet, schedule: Schedule, source:
     student = AutoModelForCausalLM.from_pretrained(run / "beginning", dtype=torch.float32)
     head_of(student)  # proves the head in parts now: under the trainer's autocast its products would be rounded
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = _arguments(recipe, Path(scratch), len(schedule.steps), dtype)
+        settings = arguments(recipe, Path(scratch), len(schedule.steps), dtype)
         trainer = DistillationTrainer(
             student,
-            examples=examples.train,
+            feed=Feed(examples.train, schedule, accumulate=recipe.train.accumulate),
             source=source,
             loss="forward_kl",
             temperature=recipe.train.temperature,
-            schedule=schedule,
-            pad_id=0,
-            args=dataclasses.replace(arguments, save_strategy="no"),
+            args=dataclasses.replace(settings, save_strategy="no"),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
