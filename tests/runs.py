@@ -18,7 +18,8 @@ from pydantic import JsonValue
 from limbeck.collect.journal import Journal
 from limbeck.collect.teachers import Answer, Request
 from limbeck.ledger.canonical import canonical, digest_bytes, digest_path, manifest
-from limbeck.ledger.store import SCHEMA, Ledger
+from limbeck.ledger.layout import SCHEMA
+from limbeck.ledger.store import Ledger
 from limbeck.recipe import Recipe
 from limbeck.records import Completion, Message, Prompt, Rollout, Split, Verdict
 from limbeck.render.examples import make_example, make_set, write_examples

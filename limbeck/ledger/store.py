@@ -6,6 +6,7 @@ Laws:
   The table holds exactly those bytes, so a reader needs nothing but SHA-256 to check them.
 - `Entry.previous` is the digest of the entry before, so the last digest (`head`) stands for the whole
   history: whoever keeps it elsewhere can tell later whether anything was changed.
+- Every entry is a leaf of a Merkle tree, after the example leaves that it brought (docs/ledger-format.md).
 - Triggers refuse UPDATE, DELETE and any INSERT that is not the next index. They guard against accidents; what
   guards against intent is the chain, and a head kept out of the writer's reach.
 - An append is one transaction, synced: after a crash the entry is there or it is not.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -27,34 +28,17 @@ from pydantic import JsonValue, ValidationError
 from limbeck.errors import InputError, Problem, RunDirError, VerificationError, as_disk_full
 from limbeck.ledger.canonical import EMPTY, canonical, digest_bytes
 from limbeck.ledger.code import code_version
+from limbeck.ledger.layout import APPLICATION_ID, FORMAT, SCHEMA, TREE
+from limbeck.ledger.merkle.fields import entry_hash
+from limbeck.ledger.merkle.order import leaves_fact
+from limbeck.ledger.merkle.stored import StoredTree
+from limbeck.ledger.merkle.tree import Hash
 from limbeck.records import Digest, Entry
-
-APPLICATION_ID = 0x4C4D424B
-"""Marks the SQLite file as a ledger (`LMBK`), see SQLite's `PRAGMA application_id`."""
-
-FORMAT = 1
-"""SQLite's `user_version`: the layout of the table."""
-
-SCHEMA = {
-    "entries": "CREATE TABLE entries (idx INTEGER PRIMARY KEY, digest TEXT NOT NULL, body TEXT NOT NULL)",
-    "entries_in_order": (
-        "CREATE TRIGGER entries_in_order BEFORE INSERT ON entries "
-        "WHEN NEW.idx IS NOT (SELECT COUNT(*) FROM entries) "
-        "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only: wrong index'); END"
-    ),
-    "entries_unchanged": (
-        "CREATE TRIGGER entries_unchanged BEFORE UPDATE ON entries "
-        "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only: no update'); END"
-    ),
-    "entries_kept": (
-        "CREATE TRIGGER entries_kept BEFORE DELETE ON entries "
-        "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only: no delete'); END"
-    ),
-}
-"""Everything a ledger's database holds, by name; verification compares the text."""
 
 _WAIT_SECONDS = 30.0
 """How long to wait for another process that holds the file."""
+
+_AGAIN = "; run the same recipe again to bring it up to date"
 
 _EXACT = 2**53
 """Integers from here on are not exact in JSON (RFC 7493 section 2.2)."""
@@ -148,8 +132,10 @@ class Ledger:
         outputs: Mapping[str, Digest],
         recipe: Digest,
         facts: Mapping[str, JsonValue],
+        leaves: Sequence[Hash] = (),
     ) -> Entry:
-        """Add the entry of a stage that has just finished, durably; returns it as a reader will find it.
+        """Add the entry of a stage that has just finished, durably, and the example leaves that it brings, which its
+        fact `leaves` counts; returns it as a reader will find it.
 
         Raises:
             InputError: all facts that JSON cannot say exactly (NaN, infinity, integers beyond 2**53).
@@ -176,14 +162,22 @@ class Ledger:
                 dirty=code.dirty,
                 previous=entry_digest(entries[-1]) if entries else EMPTY,
             )
-            body = entry_body(entry)
+            body, fact = entry_body(entry), leaves_fact(entry)
+            if len(leaves) != (fact.count if fact else 0):
+                raise ValueError(f"{len(leaves)} leaves for the fact {fact}")
             self._db.execute("INSERT INTO entries VALUES (?, ?, ?)", (entry.index, digest_bytes(body), body.decode()))
+            self.tree.append([*leaves, entry_hash(body)])
             self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
         return parse_entry(body)
+
+    @property
+    def tree(self) -> StoredTree:
+        """The Merkle tree over everything in it."""
+        return StoredTree(self._db)
 
     def rows(self) -> list[Row]:
         """All rows in the order of their index, unchecked. Raises what SQLite raises for a damaged file."""
@@ -298,8 +292,11 @@ def _prepare(db: sqlite3.Connection, path: Path, read_only: bool) -> None:
     if names and ("entries" not in names or mark != APPLICATION_ID):
         raise _not_a_ledger(path, f"an SQLite file with {', '.join(sorted(names))}")
     layout = db.execute("PRAGMA user_version").fetchone()[0]
+    if names and layout == 1 and not read_only:
+        _bring_up_to_date(db)
+        layout = FORMAT
     if names and layout != FORMAT:
-        raise _not_a_ledger(path, f"a ledger of layout {layout}, this version of limbeck reads layout {FORMAT}")
+        raise _not_a_ledger(path, f"a ledger of layout {layout}, this version of limbeck reads layout {FORMAT}{_AGAIN * (layout == 1)}")
     if read_only:
         if not names:
             raise _not_a_ledger(path, "an empty file")
@@ -317,6 +314,17 @@ def _prepare(db: sqlite3.Connection, path: Path, read_only: bool) -> None:
             ):
                 db.execute(statement)
         db.execute("COMMIT")
+
+
+def _bring_up_to_date(db: sqlite3.Connection) -> None:
+    """Layout 1 to 2: give every entry its leaf."""
+    db.execute("BEGIN IMMEDIATE")
+    if db.execute("PRAGMA user_version").fetchone()[0] == 1:
+        for statement in (*TREE.values(), f"PRAGMA user_version = {FORMAT}"):
+            db.execute(statement)
+        bodies = db.execute("SELECT body FROM entries ORDER BY idx").fetchall()
+        StoredTree(db).append([entry_hash(str(body).encode("utf-8", "surrogateescape")) for (body,) in bodies])
+    db.execute("COMMIT")
 
 
 def _says_not_a_database(error: sqlite3.DatabaseError) -> bool:

@@ -1,0 +1,157 @@
+"""An example as the ledger hashes it: sixteen salted fields, and a share that can be opened beside them.
+
+    leaf = H(00 | 01 | P | S)    P: root over the fields' digests    S: digest of the share
+
+docs/ledger-format.md is the contract. What an example's fields say comes from `limbeck.ledger.sealing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from limbeck.ledger.canonical import canonical
+from limbeck.ledger.merkle.salts import SALT, Salts
+from limbeck.ledger.merkle.tree import Hash, inclusion_path, leaf_hash, root, root_from_path, subtree_of
+
+FIELDS = (
+    "completion",
+    "created",
+    "example",
+    "gate",
+    "model",
+    "parents",
+    "prompt",
+    "provider",
+    "request",
+    "response",
+    "route",
+    "sampling",
+    "teacher",
+    "terms",
+    "weights",
+    "writers",
+)
+"""The private fields of an example, sorted."""
+SHARE = "share"
+
+NOT_ASKED = "not asked"
+"""The gate's decision where no gate was asked."""
+
+_FIELD, _NODE = b"\x02", b"\x03"
+_EXAMPLE, _ENTRY = b"\x01", b"\x02"
+
+
+class Share(BaseModel):
+    """What a leaf counts for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    teacher: str = Field(alias="class")
+    split: Literal["train", "held_out"]
+    tokens: int = Field(ge=0, lt=2**53)
+    """Supervised tokens."""
+
+    def value(self) -> dict[str, JsonValue]:
+        """As it is hashed."""
+        return {"class": self.teacher, "split": self.split, "tokens": self.tokens}
+
+
+class Leaf(NamedTuple):
+    """One kept example, as the ledger commits to it."""
+
+    fields: tuple[JsonValue, ...]
+    """Values, in the order of `FIELDS`."""
+    share: Share
+
+    @property
+    def values(self) -> dict[str, JsonValue]:
+        """The private fields by name."""
+        return dict(zip(FIELDS, self.fields, strict=True))
+
+
+def field_digest(name: str, salt: bytes, data: bytes) -> Hash:
+    """Digest of a field whose value's canonical bytes are `data`."""
+    return sha256(_FIELD + salt + bytes([len(name)]) + name.encode() + data).digest()
+
+
+def fields_root(digests: Sequence[Hash]) -> Hash:
+    """P, from the digests of the fields in their order."""
+    return root(digests, _NODE)
+
+
+def fields_path(digests: Sequence[Hash], place: int) -> list[Hash]:
+    """From a field's digest to P."""
+    return inclusion_path(subtree_of(digests, _NODE), place, len(digests))
+
+
+def fields_root_from_path(digest: Hash, place: int, path: Sequence[Hash]) -> Hash:
+    """The P that a path leads to. Raises `ValueError` for a path of the wrong length."""
+    return root_from_path(digest, place, len(FIELDS), path, _NODE)
+
+
+def example_hash(private: Hash, share: Hash) -> Hash:
+    """Hash of an example's leaf."""
+    return leaf_hash(_EXAMPLE + private + share)
+
+
+def entry_hash(body: bytes) -> Hash:
+    """Hash of an entry's leaf."""
+    return leaf_hash(_ENTRY + sha256(body).digest())
+
+
+class Committed(NamedTuple):
+    """A leaf with what its commitments need."""
+
+    salts: list[bytes]
+    """In the order of `FIELDS`; the share's comes last."""
+    digests: list[Hash]
+    """Of the private fields."""
+    private: Hash
+    share: Hash
+    hash: Hash
+
+
+class Committer:
+    """Turns leaves of one set into hashes. Values that come again and again are made canonical once."""
+
+    def __init__(self, salts: Salts):
+        self.salts = salts
+        self._bytes: Callable[[JsonValue], bytes] = _remembering(canonical)
+        self._prefixes = [bytes([len(name)]) + name.encode() for name in FIELDS]
+
+    def commit(self, row: int, leaf: Leaf) -> Committed:
+        """The hashes of a row. Raises `ValueError` for values JSON cannot say exactly."""
+        salts = self.salts.row(row, len(FIELDS) + 1)
+        digests = [
+            sha256(_FIELD + salt + prefix + self._bytes(value)).digest()
+            for salt, prefix, value in zip(salts, self._prefixes, leaf.fields, strict=False)
+        ]
+        private = root(digests, _NODE)
+        share = field_digest(SHARE, salts[-1], self._bytes(leaf.share.value()))
+        return Committed(salts, digests, private, share, example_hash(private, share))
+
+
+def _remembering(make: Callable[[JsonValue], bytes], most: int = 256) -> Callable[[JsonValue], bytes]:
+    """Remembers the bytes of short texts and of objects by what they are; a set has few teachers, routes and terms."""
+    known: dict[str, bytes] = {}
+
+    def remembered(value: JsonValue) -> bytes:
+        if isinstance(value, str) and len(value) < 48:
+            found = known.get(value)
+            if found is None:
+                found = make(value)
+                if len(known) < most:
+                    known[value] = found
+            return found
+        return make(value)
+
+    return remembered
+
+
+def salts_of(data: bytes) -> list[bytes]:
+    """Salts that lie one after the other."""
+    return [data[i : i + SALT] for i in range(0, len(data), SALT)]

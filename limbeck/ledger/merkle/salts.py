@@ -1,0 +1,50 @@
+"""Salts of an example's fields, from one secret by HKDF (RFC 5869, SHA-256).
+
+The key of one set of leaves (`PRK`) is extracted with a nonce that stands in the ledger; it can be handed to somebody
+who is to check that set, and gives away neither the secret nor any other set's salts.
+"""
+
+from __future__ import annotations
+
+import hmac
+
+from limbeck.ledger.canonical import digest_bytes
+from limbeck.records import Digest
+
+SALT = 16
+"""Bytes of a salt: 128 bits."""
+
+
+class Salts:
+    """The salts of one set of leaves."""
+
+    def __init__(self, key: bytes):
+        self.key = key
+        """PRK, 32 bytes."""
+
+    @classmethod
+    def of(cls, secret: bytes, nonce: bytes) -> Salts:
+        """HKDF-Extract with the set's nonce."""
+        return cls(hmac.digest(nonce, secret, "sha256"))
+
+    @property
+    def id(self) -> Digest:
+        """Names the key without giving it away."""
+        return digest_bytes(b"limbeck/salts-id/1" + self.key)
+
+    def row(self, row: int, count: int) -> list[bytes]:
+        """The salts of a row's `count` fields, in the order of the fields."""
+        data = expand(self.key, b"limbeck/salts/1" + row.to_bytes(8, "big"), SALT * count)
+        return [data[i : i + SALT] for i in range(0, len(data), SALT)]
+
+    def order(self) -> bytes:
+        """The salt of the commitment to the seed of the data's order."""
+        return expand(self.key, b"limbeck/order/1", SALT)
+
+
+def expand(key: bytes, info: bytes, length: int) -> bytes:
+    """HKDF-Expand with SHA-256."""
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+
+    return HKDFExpand(SHA256(), length, info).derive(key)

@@ -1,0 +1,109 @@
+"""What is signed: in-toto statements about the ledger's root, as checkpoints and as notes."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+
+STATEMENT = "https://in-toto.io/Statement/v1"
+CHECKPOINT = "urn:x-limbeck:checkpoint:1"
+NOTE = "urn:x-limbeck:note:1"
+
+Kind = Literal["collection-closed", "training-intended", "training-done", "by-hand"]
+Hex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Moment = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+
+
+class _Sha256(_Strict):
+    sha256: Hex
+
+
+class Subject(_Strict):
+    """Something a statement is about, by name and digest."""
+
+    name: str
+    digest: _Sha256
+
+
+class Examples(_Strict):
+    """The leaves of a set of examples, by their place in the tree."""
+
+    count: Count
+    first: Count
+
+
+class CheckpointPredicate(_Strict):
+    """What a checkpoint says besides the root."""
+
+    at: Moment
+    kind: Kind
+    size: Count
+    examples: Examples | None
+    recipe: Hex | None = None
+    order: Hex | None = None
+
+
+class NotePredicate(_Strict):
+    """A note."""
+
+    at: Moment
+    by: str | None
+    size: Count
+    text: str
+
+
+class _Statement(_Strict):
+    kind: Literal["https://in-toto.io/Statement/v1"] = Field(STATEMENT, alias="_type")
+    subject: Annotated[list[Subject], Field(min_length=1)]
+
+    @property
+    def root(self) -> bytes:
+        """The ledger's root. Raises `ValueError` where the statement is about something else."""
+        if self.subject[0].name != "ledger":
+            raise ValueError(f"a statement about {self.subject[0].name}, not about a ledger")
+        return bytes.fromhex(self.subject[0].digest.sha256)
+
+    def value(self) -> JsonValue:
+        """As it is signed: a key that does not apply is left out, but for those that may be null."""
+        value = self.model_dump(mode="json", by_alias=True)
+        predicate = value["predicate"]
+        for name in ("recipe", "order"):
+            if predicate.get(name, "") is None:
+                del predicate[name]
+        return value
+
+
+class Checkpoint(_Statement):
+    """A signed root."""
+
+    predicate: CheckpointPredicate
+    predicate_type: Literal["urn:x-limbeck:checkpoint:1"] = Field(CHECKPOINT, alias="predicateType")
+
+
+class Note(_Statement):
+    """A reviewer's words on a ledger."""
+
+    predicate: NotePredicate
+    predicate_type: Literal["urn:x-limbeck:note:1"] = Field(NOTE, alias="predicateType")
+
+
+def ledger_subject(root: bytes) -> Subject:
+    """The ledger's root as a subject."""
+    return subject("ledger", root.hex())
+
+
+def subject(name: str, digest: str) -> Subject:
+    """A file by the hex of its SHA-256."""
+    return Subject(name=name, digest=_Sha256(sha256=digest))
+
+
+def now() -> str:
+    """The clock, to the second."""
+    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"

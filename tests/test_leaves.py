@@ -1,0 +1,187 @@
+"""Laws of what the tree is made of: salts by RFC 5869, fields by docs/ledger-format.md, storage by the naive tree."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import sqlite3
+from contextlib import closing
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from limbeck.ledger.layout import TREE
+from limbeck.ledger.merkle.fields import (
+    FIELDS,
+    Committer,
+    Leaf,
+    Share,
+    field_digest,
+    fields_path,
+    fields_root_from_path,
+)
+from limbeck.ledger.merkle.salts import Salts, expand
+from limbeck.ledger.merkle.stored import StoredTree
+from limbeck.ledger.merkle.tree import consistent, leaf_hash, root, root_from_path
+
+# Salts
+
+
+def test_rfc_5869_test_case_1():
+    prk = Salts.of(bytes([0x0B] * 22), bytes(range(13))).key
+    assert prk.hex() == "077709362c2e32df0ddc3f0dc47bba6390b6c73bb50f9c3122ec844ad7c2b3e5"
+    okm = expand(prk, bytes(range(0xF0, 0xFA)), 42)
+    assert okm.hex() == "3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf34007208d5b887185865"
+
+
+def test_rfc_5869_test_case_3():
+    prk = Salts.of(bytes([0x0B] * 22), b"").key
+    assert prk.hex() == "19ef24a32c717b167f33a91d6f648bdf96596776afdb6377ac434c1c293ccb04"
+    okm = expand(prk, b"", 42)
+    assert okm.hex() == "8da4e775a563c18f715f802a063c5a31b8a11f5c5ee1879ec3454e5f3c738d2d9d201395faa4b61a96c8"
+
+
+@given(rows=st.lists(st.integers(0, 2**40), min_size=2, max_size=2, unique=True), nonces=st.binary(min_size=32))
+def test_no_salt_comes_twice_and_another_nonce_gives_others(rows, nonces):
+    one, other = Salts.of(b"secret", nonces), Salts.of(b"secret", nonces + b"x")
+    salts = [salt for of in (one, other) for row in rows for salt in of.row(row, 17)] + [one.order(), other.order()]
+    assert len(set(salts)) == len(salts)
+    assert {len(salt) for salt in salts} == {16}
+    assert one.id != other.id
+
+
+# Fields
+
+LEAF = Leaf(
+    tuple(
+        {"sampling": {"temperature": 0.7, "seed": 0}, "parents": ["a"], "writers": [["answer", "x"]]}.get(name, name)
+        for name in FIELDS
+    ),
+    Share(teacher="x", split="train", tokens=5),
+)
+
+
+def sha(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def by_the_page(leaf: Leaf, salts: list[bytes]) -> bytes:
+    """docs/ledger-format.md, word for word, with json for RFC 8785 (these values have one form in both)."""
+
+    def digest(name: str, salt: bytes, value: object) -> bytes:
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return sha(b"\x02" + salt + bytes([len(name)]) + name.encode() + text.encode())
+
+    level = [digest(name, salt, value) for name, salt, value in zip(FIELDS, salts, leaf.fields, strict=False)]
+    while len(level) > 1:
+        level = [sha(b"\x03" + level[i] + level[i + 1]) for i in range(0, len(level), 2)]
+    share = {"class": leaf.share.teacher, "split": leaf.share.split, "tokens": leaf.share.tokens}
+    return sha(b"\x00\x01" + level[0] + digest("share", salts[16], share))
+
+
+def test_a_leaf_is_what_the_page_says():
+    salts = Salts.of(b"secret", b"nonce")
+    okm, block = b"", b""
+    for i in range(1, 10):  # HKDF-Expand by RFC 5869 section 2.3
+        block = hmac.digest(salts.key, block + b"limbeck/salts/1" + (7).to_bytes(8, "big") + bytes([i]), "sha256")
+        okm += block
+    due = by_the_page(LEAF, [okm[i : i + 16] for i in range(0, 272, 16)])
+    assert Committer(salts).commit(7, LEAF).hash == due
+    assert Committer(salts).commit(8, LEAF).hash != due
+
+
+def test_every_field_and_the_share_change_the_leaf():
+    committer = Committer(Salts.of(b"secret", b"nonce"))
+    leaves = [LEAF, LEAF._replace(share=Share(teacher="x", split="train", tokens=6))]
+    leaves += [LEAF._replace(share=Share(teacher="x", split="held_out", tokens=5))]
+    leaves += [LEAF._replace(share=Share(teacher="y", split="train", tokens=5))]
+    leaves += [LEAF._replace(fields=(*LEAF.fields[:i], None, *LEAF.fields[i + 1 :])) for i in range(len(FIELDS))]
+    assert len({committer.commit(0, leaf).hash for leaf in leaves}) == len(leaves)
+
+
+def test_a_field_leads_to_the_root_of_its_fields_and_no_other_does():
+    made = Committer(Salts.of(b"secret", b"nonce")).commit(0, LEAF)
+    for place, digest in enumerate(made.digests):
+        path = fields_path(made.digests, place)
+        assert len(path) == 4
+        assert fields_root_from_path(digest, place, path) == made.private
+        assert fields_root_from_path(digest, place ^ 1, path) != made.private
+    with pytest.raises(ValueError, match="path"):
+        fields_root_from_path(made.digests[0], 0, fields_path(made.digests, 0)[:3])
+
+
+@given(salt=st.binary(min_size=16, max_size=16), other=st.binary(min_size=16, max_size=16))
+def test_another_salt_opens_to_nothing(salt, other):
+    """Salts have a fixed length, so bytes cannot move between salt, name and value."""
+    assert (field_digest("terms", salt, b'"x"') == field_digest("terms", other, b'"x"')) == (salt == other)
+
+
+# Storage
+
+
+def opened() -> tuple[sqlite3.Connection, StoredTree]:
+    db = sqlite3.connect(":memory:", isolation_level=None)
+    for statement in TREE.values():
+        db.execute(statement)
+    return db, StoredTree(db)
+
+
+def hashes(n: int) -> list[bytes]:
+    return [leaf_hash(i.to_bytes(4, "big")) for i in range(n)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(parts=st.lists(st.integers(0, 700), min_size=1, max_size=6), data=st.data())
+def test_stored_in_any_parts_the_tree_is_that_of_its_leaves(parts, data):
+    db, tree = opened()
+    with closing(db):
+        d, done = hashes(sum(parts)), 0
+        for part in parts:
+            tree.append(d[done : done + part])
+            done += part
+        assert tree.size == len(d)
+        assert tree.root() == root(d)
+        assert tree.problems() == []
+        if d:
+            place, size = data.draw(st.integers(0, len(d) - 1)), data.draw(st.integers(1, len(d)))
+            assert tree.root(size) == root(d[:size])
+            assert tree.leaves(place, size) == d[place:size]
+            assert root_from_path(d[place], place, len(d), tree.path(place, len(d))) == root(d)
+            assert consistent(size, len(d), root(d[:size]), root(d), tree.consistency(size, len(d)))
+
+
+def test_a_second_level_of_subtrees_is_stored_and_used():
+    db, tree = opened()
+    with closing(db):
+        d = hashes(256 * 256 + 300)
+        tree.append(d)
+        assert db.execute("SELECT COUNT(*) FROM subtrees WHERE level = 2").fetchone() == (1,)
+        assert tree.root() == root(d)
+        assert tree.problems() == []
+        assert root_from_path(d[70], 70, len(d), tree.path(70, len(d))) == root(d)
+
+
+@pytest.mark.parametrize(
+    ("statement", "where"),
+    [
+        ("UPDATE subtrees SET hash = zeroblob(32) WHERE place = 1", "subtree 1 of level 1"),
+        ("DELETE FROM subtrees WHERE place = 0", "subtree 0 of level 1"),
+        ("INSERT INTO subtrees VALUES (2, 0, zeroblob(32))", "subtree 0 of level 2"),
+        ("INSERT INTO subtrees VALUES ('x', 0, 5)", "subtree 0 of level x"),
+        ("UPDATE hashes SET data = substr(data, 2) WHERE first = 256", "leaf 256 on"),
+        ("UPDATE hashes SET data = zeroblob(100000000) WHERE first = 256", "leaf 256 on"),
+        ("UPDATE hashes SET data = 'text' WHERE first = 256", "leaf 256 on"),
+        ("DELETE FROM hashes WHERE first = 256", "leaf 512 on"),
+        ("UPDATE hashes SET first = 999 WHERE first = 512", "leaf 999 on"),
+    ],
+)
+def test_damage_to_the_stored_tree_is_found(statement, where):
+    db, tree = opened()
+    with closing(db):
+        tree.append(hashes(600))
+        for name in ("hashes_unchanged", "hashes_kept", "subtrees_unchanged", "subtrees_kept"):
+            db.execute(f"DROP TRIGGER {name}")
+        db.execute(statement)
+        assert [where in p.where for p in tree.problems()][:1] == [True]
