@@ -41,6 +41,7 @@ def preflight(recipe: Recipe) -> dict[str, Digest]:
     Raises `PromptError` or `ModelError`, or `InputError` where both kinds of thing are wrong.
     """
     errors: list[InputError] = []
+    _check_keys(errors)
     digests = _check_prompts(recipe, errors)
     _check_terms(recipe, errors)
     _check_references(recipe, errors)
@@ -49,6 +50,17 @@ def preflight(recipe: Recipe) -> dict[str, Digest]:
     digests |= _check_models(recipe, errors)
     _raise(errors)
     return digests
+
+
+def _check_keys(errors: list[InputError]) -> None:
+    """What signs the ledger and salts its leaves is made now, if there is none, and not after hours of collecting."""
+    from limbeck.ledger.signing import keys
+
+    for make in (keys.signing_key, keys.secret):
+        try:
+            make()
+        except InputError as error:
+            errors.append(error)
 
 
 def _raise(errors: Sequence[InputError]) -> None:

@@ -1,7 +1,7 @@
 """The whole system on one page.
 
-    Recipe --prompts, collect--> Completion --curate--> Verdict --render--> Example --annotate--> Signal
-           --student, train--> Checkpoint --evaluate--> Score --card, report--> Report
+    Recipe --prompts, collect--> Completion --curate--> Verdict --render--> Example --seal--> Leaf
+           Example --annotate--> Signal --student, train--> Checkpoint --evaluate--> Score --card, report--> Report
 
 Every arrow is a stage: it reads files of the RUN directory, writes its own, and leaves an Entry in the ledger. A stage
 whose last entry has the same recipe and inputs, and whose outputs are still what that entry says, is done and is not
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from limbeck.ledger.canonical import digest_path, manifest
 
 if TYPE_CHECKING:
+    from limbeck.ledger.signing.statements import Kind
     from limbeck.ledger.store import Ledger
     from limbeck.progress import Progress
     from limbeck.recipe import Recipe
@@ -36,21 +37,36 @@ class Stage(NamedTuple):
     writes: tuple[str, ...]
     scratch: tuple[str, ...] = ()
     """What only this stage needs while it works; removed when the ledger has its entry."""
+    signs: Kind | None = None
+    """The moment that is signed once this stage and those before it are done."""
 
 
 STAGES = (
     Stage("prompts", "limbeck.collect.prompts:gather", (), ("prompts.parquet",)),
-    Stage("collect", "limbeck.collect.collect:collect", ("prompts.parquet",), ("completions.parquet",)),
+    Stage(
+        "collect",
+        "limbeck.collect.collect:collect",
+        ("prompts.parquet",),
+        ("completions.parquet",),
+        signs="collection-closed",
+    ),
     Stage("curate", "limbeck.curate.curate:curate", ("completions.parquet",), ("verdicts.parquet",)),
     Stage("render", "limbeck.render.render:render", ("completions.parquet", "verdicts.parquet"), ("examples",)),
+    Stage(
+        "seal",
+        "limbeck.ledger.sealing:seal",
+        ("prompts.parquet", "completions.parquet", "verdicts.parquet", "examples"),
+        ("leaves.parquet",),
+    ),
     Stage("annotate", "limbeck.signal.annotate:annotate", ("examples",), ("signals",)),
-    Stage("student", "limbeck.student.begin:begin", ("examples",), ("beginning",)),
+    Stage("student", "limbeck.student.begin:begin", ("examples",), ("beginning",), signs="training-intended"),
     Stage(
         "train",
         "limbeck.train.stage:train",
         ("beginning", "examples", "signals"),
         ("student", "training.json", "rollouts.parquet"),
         scratch=("checkpoints",),
+        signs="training-done",
     ),
     Stage(
         "evaluate",
@@ -112,6 +128,7 @@ def run(
         DiskFullError: no room; what was finished is kept.
     """
     from limbeck.errors import InputError, Problem
+    from limbeck.ledger.signing.checkpoints import sign_if_due
     from limbeck.ledger.store import Ledger
     from limbeck.preflight import preflight
     from limbeck.recipe_file import load_recipe
@@ -123,8 +140,10 @@ def run(
     refuse_unfit(out, recipe)
     sources = preflight(recipe)
     with open_run(out, recipe, progress) as held, Ledger(held / "ledger.db") as ledger:
-        for stage in STAGES:
+        for place, stage in enumerate(STAGES):
             _advance(stage, recipe, held, ledger, sources)
+            if stage.signs:
+                sign_if_due(ledger, stage.signs, recipe, names[: place + 1])
             if stage.name == until:
                 break
     return open_result(out)
@@ -137,11 +156,22 @@ def _advance(stage: Stage, recipe: Recipe, run: RunDir, ledger: Ledger, sources:
     if last and last.recipe == recipe.digest and last.inputs == inputs and _intact(run, last.outputs):
         _clear(stage, run)
         return
+    from limbeck.ledger.sealing import leaf_hashes
+
     started = datetime.now(UTC)
     facts = pkgutil.resolve_name(stage.work)(recipe, run)
     outputs = {name: digest_path(run / name) for name in stage.writes}
     facts |= {"manifests": {name: manifest(run / name) for name in stage.writes if (run / name).is_dir()}}
-    ledger.append(stage=stage.name, started=started, inputs=inputs, outputs=outputs, recipe=recipe.digest, facts=facts)
+    leaves = leaf_hashes(run.root, facts)
+    ledger.append(
+        stage=stage.name,
+        started=started,
+        inputs=inputs,
+        outputs=outputs,
+        recipe=recipe.digest,
+        facts=facts,
+        leaves=leaves,
+    )
     _clear(stage, run)
 
 

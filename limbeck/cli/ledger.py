@@ -1,22 +1,29 @@
-"""`limbeck ledger ...`: read the evidence. Needs no torch."""
+"""`limbeck ledger ...`: read, check and sign the evidence. Needs no torch. What is handed to strangers: `proofs`."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from limbeck.cli.edge import printable
+from limbeck.cli.edge import printable, writing
 
 if TYPE_CHECKING:
+    from limbeck.ledger.signing.checkpoints import Made
+    from limbeck.ledger.signing.timestamps import Stamp
+    from limbeck.ledger.store import Ledger
     from limbeck.ledger.verification import Verification
+    from limbeck.recipe import Recipe
     from limbeck.records import Entry
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Read and verify what a run recorded about itself. Needs no torch.",
+    help="Verify, sign and disclose what a run recorded about itself. Needs no torch.",
 )
 
 _RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]
@@ -29,18 +36,186 @@ _Head = Annotated[
 ]
 
 
+_Key = Annotated[
+    str | None,
+    typer.Option("--key", metavar="KEY", help="The public key (64 hexadecimal digits) that has to have signed."),
+]
+_Salts = Annotated[
+    Path | None,
+    typer.Option("--salts", metavar="FILE", help="The run's salts' key, as `limbeck ledger salts` wrote it."),
+]
+_Authority = Annotated[
+    Path | None,
+    typer.Option("--authority", metavar="FILE", help="Root certificates of time-stamping authorities, PEM."),
+]
+
+
 @app.command()
-def verify(run: _RunPath, head: _Head = None, as_json: _Json = False) -> None:
+def verify(
+    run: _RunPath,
+    head: _Head = None,
+    key: _Key = None,
+    salts: _Salts = None,
+    authority: _Authority = None,
+    as_json: _Json = False,
+) -> None:
     """Recompute everything the ledger says and list every difference.
 
-    Exit code 0: nothing differs; 1: something does; 2: not a run.
+    Files, chain, tree, signatures, time-stamps, records and their parents. Exit code 0: nothing differs; 1:
+    something does; 2: not a run.
     """
     from limbeck.ledger import verify as recompute
+    from limbeck.ledger.sealing import read_salts_key
 
-    result = recompute(run, head=head)
+    found = read_salts_key(salts) if salts else None
+    result = recompute(run, head=head, key=key, salts=found, authority=authority)
     typer.echo(result.to_json() if as_json else _verification_text(result))
     if not result.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def checkpoint(
+    run: _RunPath,
+    timestamp: Annotated[
+        Path | None,
+        typer.Option("--timestamp", metavar="FILE", help="An RFC 3161 time-stamp of a checkpoint, to be kept with it."),
+    ] = None,
+    authority: _Authority = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the signed checkpoint (DSSE) to a file.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Sign everything recorded so far, or add a time-stamp to a checkpoint.
+
+    A run signs by itself when the collection is closed, when training is intended, and when it is done. Where
+    nothing was recorded since, the last checkpoint is shown. The file of --out is what an authority stamps:
+    openssl ts -query -data FILE -sha256 -cert -out QUERY.
+    """
+    from limbeck.ledger.signing.checkpoints import checkpoints, sign_checkpoint, worth_signing
+    from limbeck.ledger.signing.timestamps import attach, read_authorities
+
+    stamp = None
+    with writing(run), _held(run) as (recipe, ledger):
+        if timestamp is not None:
+            made, stamp = attach(ledger, timestamp, read_authorities(authority) if authority else ())
+        elif worth_signing(entries := ledger.entries()):
+            made = sign_checkpoint(ledger, "by-hand", recipe)
+        else:
+            made = _last(run, list(checkpoints(entries)))
+    if out is not None:
+        _write(out, made.envelope.data)
+    trust = _trust(stamp, authority)
+    told = made.statement.predicate
+    values = {
+        "kind": told.kind,
+        "entry": made.entry.index,
+        "size": told.size,
+        "root": made.statement.root.hex(),
+        "key": made.envelope.keyid,
+        "at": told.at,
+        "envelope": made.envelope.digest,
+        "stamped": f"{stamp.at:%Y-%m-%dT%H:%M:%SZ}" if stamp else None,
+        "trust": trust,
+    }
+    typer.echo(as_json_text(values) if as_json else "\n".join(f"{name:<9}{value}" for name, value in values.items()))
+
+
+@app.command()
+def note(
+    run: _RunPath,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What is to be said about the run.")],
+    by: Annotated[str | None, typer.Option("--by", metavar="NAME", help="Who says it.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Sign a note about the run as it stands, for the report's Discussion.
+
+    `limbeck report` shows it. Notes are kept for ever; a second one can correct the first.
+    """
+    from limbeck.ledger.signing.notes import sign_note
+
+    with writing(run), _held(run) as (recipe, ledger):
+        made = sign_note(ledger, text, by, recipe)
+    told = made.statement.predicate
+    values = {"entry": made.entry.index, "by": by, "key": made.envelope.keyid, "at": told.at, "text": text}
+    line = f"note signed as entry {made.entry.index}; `limbeck report` shows it"
+    typer.echo(as_json_text(values) if as_json else line)
+
+
+@app.command()
+def salts(
+    run: _RunPath,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write the key; never overwrites.")],
+) -> None:
+    """Write the key of this run's salts, for an auditor who has the whole run.
+
+    With it `limbeck ledger verify --salts FILE` checks every example's leaf. It opens every row of this run, and
+    no other run's.
+    """
+    from limbeck.ledger.merkle.order import leaf_sets
+    from limbeck.ledger.paths import refuse_other_than_run
+    from limbeck.ledger.sealing import refuse_unsealed, salts_for
+    from limbeck.ledger.store import Ledger
+
+    refuse_other_than_run(run)
+    with Ledger(run / "ledger.db", read_only=True) as ledger:
+        sets = leaf_sets(ledger.entries())
+    refuse_unsealed(run, sets)
+    _write(out, salts_for(sets[-1]).key.hex().encode(), private=True)
+    typer.echo(f"wrote {out}; who has it can open every row of this run")
+
+
+@contextmanager
+def _held(run: Path) -> Iterator[tuple[Recipe, Ledger]]:
+    """The run, held against other writers, with its ledger."""
+    from limbeck.ledger.paths import refuse_other_than_run
+    from limbeck.ledger.store import Ledger
+    from limbeck.rundir import RunDir, open_run
+
+    refuse_other_than_run(run)
+    recipe = RunDir(run).recipe()
+    with open_run(run, recipe) as held, Ledger(held / "ledger.db") as ledger:
+        yield recipe, ledger
+
+
+def _last(run: Path, made: list[Made]) -> Made:
+    from limbeck.errors import InputError, Problem
+
+    if not made:
+        problem = Problem(str(run / "ledger.db"), "no entries", "something to sign", "run `limbeck run` first")
+        raise InputError("nothing to sign", [problem])
+    return made[-1]
+
+
+def _trust(stamp: Stamp | None, authority: Path | None) -> str:
+    """What the checkpoint is worth to somebody who does not trust its signer."""
+    if stamp is None:
+        return "unanchored: signed, but nothing outside says when"
+    if authority is None:
+        return "unanchored: stamped, but the authority was not checked; give --authority FILE"
+    return "anchored: the authority whose certificate was given vouches for the time"
+
+
+def _write(path: Path, data: bytes, *, private: bool = False) -> None:
+    """A new file; what is there is left alone."""
+    from limbeck.errors import InputError, Problem
+
+    with writing(path.parent):
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+        except FileExistsError:
+            problem = Problem(str(path), "a file", "nothing there yet", "use another name, or remove it")
+            raise InputError("would overwrite a file", [problem]) from None
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+
+
+def as_json_text(values: object) -> str:
+    """JSON for standard output."""
+    import json
+
+    return json.dumps(values, ensure_ascii=False, indent=2)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ def digest_file(path: str | os.PathLike[str]) -> str:
     """Tagged SHA-256 of a file's bytes, read in pieces."""
     with open(path, "rb") as file:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def iso(when: datetime) -> str:
+    """A time as the ledger writes it: ISO 8601, UTC, microseconds. Raises `ValueError` where the zone is missing."""
+    if when.tzinfo is None:
+        raise ValueError("a time in the ledger needs its zone")
+    return when.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 CARD = "README.md"

@@ -26,7 +26,7 @@ from typing import NamedTuple, Self
 from pydantic import JsonValue, ValidationError
 
 from limbeck.errors import InputError, Problem, RunDirError, VerificationError, as_disk_full
-from limbeck.ledger.canonical import EMPTY, canonical, digest_bytes
+from limbeck.ledger.canonical import EMPTY, canonical, digest_bytes, iso
 from limbeck.ledger.code import code_version
 from limbeck.ledger.layout import APPLICATION_ID, FORMAT, SCHEMA, TREE
 from limbeck.ledger.merkle.fields import entry_hash
@@ -57,7 +57,7 @@ def entry_body(entry: Entry) -> bytes:
     cannot say exactly and for times without a zone.
     """
     values = entry.model_dump(mode="python")
-    return canonical(values | {"started": _time(entry.started), "finished": _time(entry.finished)})
+    return canonical(values | {"started": iso(entry.started), "finished": iso(entry.finished)})
 
 
 def entry_digest(entry: Entry) -> Digest:
@@ -80,12 +80,6 @@ def _number(digits: str) -> int | float:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
-
-
-def _time(when: datetime) -> str:
-    if when.tzinfo is None:
-        raise ValueError("a time in the ledger needs its zone")
-    return when.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 class Ledger:
@@ -296,7 +290,9 @@ def _prepare(db: sqlite3.Connection, path: Path, read_only: bool) -> None:
         _bring_up_to_date(db)
         layout = FORMAT
     if names and layout != FORMAT:
-        raise _not_a_ledger(path, f"a ledger of layout {layout}, this version of limbeck reads layout {FORMAT}{_AGAIN * (layout == 1)}")
+        raise _not_a_ledger(
+            path, f"a ledger of layout {layout}, this version of limbeck reads layout {FORMAT}{_AGAIN * (layout == 1)}"
+        )
     if read_only:
         if not names:
             raise _not_a_ledger(path, "an empty file")

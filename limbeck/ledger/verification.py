@@ -4,6 +4,10 @@ path it reads.
 Checked, for a whole run or a partial one:
 
 - the ledger itself: its tables and triggers, the digest of every entry, the chain, the indices;
+- the tree: its leaves are the entries and the examples, its stored subtrees are what lies under them
+  (`limbeck.ledger.commitments`);
+- what is signed: every checkpoint and note, its signature, its root, and its time-stamps
+  (`limbeck.ledger.signing.checks`);
 - the recipe: every entry was made with the recipe that lies in RUN;
 - the files: what the latest entry of each stage says it wrote is there, byte for byte;
 - the arrows: whatever an entry read is what the stage before had written by then, and nothing newer exists;
@@ -17,13 +21,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import yaml
 
@@ -31,15 +36,16 @@ from limbeck.errors import Problem, RunDirError
 from limbeck.ledger.canonical import CARD, EMPTY, digest_json, digest_path, manifest
 from limbeck.ledger.paths import OutsideError, refuse_other_than_run, safe_path
 from limbeck.ledger.staleness import inside_run, overtaken
-from limbeck.ledger.store import Ledger, chain_problems, entry_body, parse_entry
+from limbeck.ledger.store import Ledger, Row, chain_problems, entry_body, parse_entry
 from limbeck.records import Digest, Entry
 
-UNANCHORED = (
-    "unsigned and unanchored: this can show that RUN agrees with itself; whoever could write to it could "
-    "also have written all of it anew. Keep the head digest where the writer cannot reach it"
-)
+if TYPE_CHECKING:
+    from limbeck.ledger.commitments import Tree
+    from limbeck.ledger.merkle.order import LeafSet
+    from limbeck.ledger.signing.checkpoints import Made
+
 ANCHORED = (
-    "unsigned; the head digest that was given is worth what the place is worth where it was kept, and says "
+    "the head digest that was given is worth what the place is worth where it was kept, and says "
     "nothing of entries that came after it"
 )
 CAPTURE = "a ledger shows what was recorded; it does not show that what was captured is honest or complete"
@@ -76,36 +82,61 @@ class Verification:
         return json.dumps(values, ensure_ascii=False, indent=2)
 
 
-def verify(run: str | os.PathLike[str], *, head: Digest | None = None) -> Verification:
+def verify(
+    run: str | os.PathLike[str],
+    *,
+    head: Digest | None = None,
+    key: str | None = None,
+    salts: bytes | None = None,
+    authority: str | os.PathLike[str] | None = None,
+) -> Verification:
     """Recompute everything the ledger of a RUN directory says. Writes nothing.
 
     `head` is a head digest noted down earlier: the ledger must then still hold that entry, so that nothing up
-    to it was removed or written anew.
+    to it was removed or written anew. `key` is the public key (hex) that has to have signed every checkpoint and note.
+    `salts` is the key to the run's salts, as `limbeck ledger salts` writes it; without it the secret on this machine is
+    tried. `authority` is a PEM file with the root certificates of time-stamping authorities.
 
     Raises:
         RunDirError: not a RUN directory.
+        InputError: no certificates in `authority`.
 
     """
+    from limbeck.ledger.commitments import leaf_differences
     from limbeck.ledger.parents import record_differences
+    from limbeck.ledger.signing.checks import Against, check_signed, signed_notes
+    from limbeck.ledger.signing.timestamps import read_authorities
 
     root = Path(run)
     refuse_other_than_run(root)
-    entries, digests, differences = _read_ledger(root)
+    against = Against(head, key, salts, read_authorities(Path(authority)) if authority is not None else ())
+    entries, digests, differences, tree = _read_ledger(root)
     differences += _anchor(digests, head)
+    signed = check_signed(entries, tree.roots, tree.sets, against)
     outputs = _latest_outputs(entries)
     present, file_differences = _files(root, outputs)
     record_problems, record_notes = record_differences(root, present)
+    leaf_problems, leaf_notes = leaf_differences(root, tree, present, salts)
+    differences += [*signed.problems, *leaf_problems, *_order(root, signed.made, tree.sets, salts, present)]
     differences += [*_recipe(root, entries), *_arrows(entries), *file_differences, *record_problems]
     notes = [
-        UNANCHORED if head is None else ANCHORED,
+        *([ANCHORED] if head is not None else ()),
+        *signed_notes(signed, entries, against),
         CAPTURE,
         *_code_notes(entries),
         *_progress_notes(entries),
         *record_notes,
+        *leaf_notes,
         *_strangers(root, outputs),
     ]
     now = digests[-1] if digests else EMPTY
-    return Verification(os.fspath(run), len(digests), now, tuple(sorted(set(differences))), tuple(notes))
+    return Verification(os.fspath(run), len(digests), now, tuple(sorted(set(differences), key=_place)), tuple(notes))
+
+
+def _place(problem: Problem) -> tuple[list[tuple[int, str]], Problem]:
+    """Sorts row 9 before row 10."""
+    parts = re.split(r"(\d+)", problem.where)
+    return [(int(part), "") if place % 2 else (-1, part) for place, part in enumerate(parts)], problem
 
 
 class _Read(NamedTuple):
@@ -116,24 +147,49 @@ class _Read(NamedTuple):
     entries: list[Entry]
     digests: list[Digest]
     problems: list[Problem]
+    tree: Tree
 
 
 def _read_ledger(root: Path) -> _Read:
+    from limbeck.ledger.commitments import Tree, check_tree
+
     try:
         with Ledger(safe_path(root, "ledger.db"), read_only=True) as ledger:
             problems, rows = ledger.schema_problems(), ledger.rows()
+            entries = list(_entries(rows))
+            tree = check_tree(ledger, rows, entries)
     except RunDirError as error:
-        return _Read([], [], list(error.problems))
+        return _Read([], [], list(error.problems), Tree())
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         found = f"cannot be read: {error}"
-        return _Read([], [], [Problem("ledger.db", found, "a ledger", "put back a sound copy")])
-    entries = []
+        return _Read([], [], [Problem("ledger.db", found, "a ledger", "put back a sound copy")], Tree())
+    problems += [*chain_problems(rows), *tree.problems]
+    return _Read(entries, [str(row.digest) for row in rows], problems, tree)
+
+
+def _entries(rows: Sequence[Row]) -> Iterator[Entry]:
     for row in rows:
         with suppress(ValueError, RecursionError):
             entry = parse_entry(str(row.body))
             entry_body(entry)  # what has no canonical bytes cannot be compared either
-            entries.append(entry)
-    return _Read(entries, [str(row.digest) for row in rows], problems + chain_problems(rows))
+            yield entry
+
+
+def _order(
+    root: Path, made: Sequence[Made], sets: Sequence[LeafSet], key: bytes | None, present: frozenset[str]
+) -> list[Problem]:
+    """Commitments to the data's order against the recipe, where the salts are known."""
+    from limbeck.ledger.sealing import known_salts
+    from limbeck.ledger.signing.checkpoints import order_commitment
+    from limbeck.ledger.signing.checks import order_problems
+    from limbeck.rundir import RunDir
+
+    salts = known_salts(sets[-1], key) if sets else None
+    if salts is None or "recipe.yaml" not in present:
+        return []
+    with suppress(ValueError, OSError, RecursionError, yaml.YAMLError):  # said elsewhere
+        return order_problems(made, order_commitment(RunDir(root).recipe(), salts.order()), sets[-1])
+    return []
 
 
 def _anchor(digests: Sequence[Digest], head: Digest | None) -> list[Problem]:
@@ -280,13 +336,14 @@ def _code_notes(entries: Sequence[Entry]) -> list[str]:
 
 
 def _progress_notes(entries: Sequence[Entry]) -> list[str]:
+    from limbeck.ledger.signing.checkpoints import SIGNED
     from limbeck.run import STAGES
 
     done = {entry.stage for entry in entries}
     notes = []
     if missing := [stage.name for stage in STAGES if stage.name not in done]:
         notes.append(f"stages not done yet: {', '.join(missing)}")
-    if unknown := sorted(done - {stage.name for stage in STAGES}):
+    if unknown := sorted(done - {stage.name for stage in STAGES} - {*SIGNED}):
         notes.append(f"stages unknown to this version, their files checked all the same: {', '.join(unknown)}")
     if outside := sorted({name for entry in entries for name in entry.inputs} - _all_inside(entries)):
         notes.append(f"lies outside RUN, digest recorded but not compared: {', '.join(outside)}")

@@ -66,10 +66,8 @@ def inclusion_path(subtree: Subtree, place: int, size: int) -> list[Hash]:
     return path[::-1]
 
 
-def root_from_path(
-    leaf: Hash, place: int, size: int, path: Sequence[Hash], prefix: bytes = NODE
-) -> Hash:
-    """The root that an inclusion path leads to (section 2.1.3.2). Raises `ValueError` for a path of the wrong length."""
+def root_from_path(leaf: Hash, place: int, size: int, path: Sequence[Hash], prefix: bytes = NODE) -> Hash:
+    """The root that an inclusion path leads to (section 2.1.3.2). Raises `ValueError` for one of the wrong length."""
     if not 0 <= place < size:
         raise ValueError(f"no leaf {place} in a tree of {size}")
     at, last, found = place, size - 1, leaf

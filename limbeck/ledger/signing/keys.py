@@ -14,6 +14,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,14 @@ def secret() -> bytes:
     if len(data) != _SECRET_BYTES:
         raise _unfit(path, f"{len(data)} bytes", f"{_SECRET_BYTES} bytes")
     return data
+
+
+def find_secret() -> bytes | None:
+    """The salts' secret, if this machine has one that can be read; makes none."""
+    try:
+        return (home() / _SECRET).read_bytes()
+    except OSError:
+        return None
 
 
 def signing_key() -> Ed25519PrivateKey:
@@ -91,10 +100,8 @@ def _write_once(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        try:
+        with suppress(FileExistsError):
             os.link(half, path)
-        except FileExistsError:
-            pass
     finally:
         os.unlink(half)
 

@@ -80,6 +80,14 @@ class _Statement(_Strict):
         return value
 
 
+def refuse_other_form(statement: _Statement, said: JsonValue) -> None:
+    """Raises `ValueError` where a statement was signed in another form than it would be written in now, such as with
+    keys that are null.
+    """
+    if statement.value() != said:
+        raise ValueError("a statement with keys that do not apply to it")
+
+
 class Checkpoint(_Statement):
     """A signed root."""
 

@@ -1,0 +1,163 @@
+"""Checks of what the ledger commits to: the tree against the entries, and the example leaves against the tree and the
+records.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+
+import yaml
+
+from limbeck.errors import LimbeckError, Problem
+from limbeck.ledger.canonical import canonical
+from limbeck.ledger.merkle.fields import Committer, entry_hash
+from limbeck.ledger.merkle.order import LeafSet, leaf_sets
+from limbeck.ledger.merkle.tree import Hash
+from limbeck.ledger.store import Ledger, Row
+from limbeck.records import Entry
+
+_CHANGED = "somebody changed the ledger after it was written; compare with a copy kept elsewhere"
+_REMEDY = "put back the files as the run wrote them, or run the same recipe again"
+
+
+@dataclass
+class Tree:
+    """What is known of a ledger's tree once it was checked."""
+
+    problems: list[Problem] = field(default_factory=list)
+    sets: tuple[LeafSet, ...] = ()
+    size: int = 0
+    roots: dict[int, Hash] = field(default_factory=dict)
+    """Roots over the first so many leaves, where an entry begins; none where the tree itself is broken."""
+    latest: list[Hash] = field(default_factory=list)
+    """The example leaves of the latest set."""
+
+
+def check_tree(ledger: Ledger, rows: Sequence[Row], entries: Sequence[Entry]) -> Tree:
+    """Hold the stored tree against the entries, and take from it what later checks need."""
+    known = Tree(problems=ledger.tree.problems())
+    if known.problems or len(entries) != len(rows):
+        return known
+    try:
+        known.sets = leaf_sets(entries)
+    except ValueError as error:
+        known.problems.append(
+            Problem("ledger.db: facts of a seal entry", _short(error), "leaves of version 1", _CHANGED)
+        )
+        return known
+    known.size = ledger.tree.size
+    due = len(entries) + sum(s.fact.count for s in known.sets)
+    if known.size != due:
+        found = f"{known.size} leaves"
+        known.problems.append(Problem("ledger.db: the tree", found, f"{due}, by its entries", _CHANGED))
+        return known
+    known.problems += _entries_in_tree(ledger, rows, known.sets)
+    counts = {s.entry.index: s.fact.count for s in known.sets}
+    place = 0
+    for entry in entries:
+        if entry.stage in ("checkpoint", "note"):
+            known.roots[place] = ledger.tree.root(place)
+        place += counts.get(entry.index, 0) + 1
+    if known.sets:
+        last = known.sets[-1]
+        known.latest = ledger.tree.leaves(last.first, last.first + last.fact.count)
+    return known
+
+
+def _entries_in_tree(ledger: Ledger, rows: Sequence[Row], sets: Sequence[LeafSet]) -> Iterator[Problem]:
+    counts = {s.entry.index: s.fact.count for s in sets}
+    place = 0
+    for index, row in enumerate(rows):
+        place += counts.get(index, 0)
+        due, found = entry_hash(str(row.body).encode("utf-8", "surrogateescape")), ledger.tree.leaves(place, place + 1)
+        if found != [due]:
+            where = f"ledger.db: leaf {place}, of entry {index}"
+            yield Problem(where, found[0].hex() if found else "nothing", due.hex(), _CHANGED)
+        place += 1
+
+
+def leaf_differences(
+    root: Path, known: Tree, present: frozenset[str], salts_key: bytes | None
+) -> tuple[list[Problem], list[str]]:
+    """Every example leaf that is not what the tree, the records or its own salts say."""
+    import pyarrow as pa
+
+    from limbeck.ledger.sealing import LEAVES, known_salts
+
+    if not known.sets or known.problems or LEAVES not in present:
+        return [], []
+    notes: list[str] = []
+    salts = known_salts(known.sets[-1], salts_key)
+    if salts_key and salts is None:
+        due = known.sets[-1].fact.salts
+        return [Problem("the salts' key", "another set's", due, "ask for the key of this run")], notes
+    if salts is None:
+        notes.append(
+            f"the salts of {len(known.latest)} examples are not known here: that their leaves are made of what "
+            f"{LEAVES} says was not checked; who sealed them has the secret, and can hand over this run's key"
+        )
+    try:
+        return list(_leaves(root, known, Committer(salts) if salts else None, present, notes)), notes
+    except LimbeckError as error:
+        return list(error.problems), notes
+    except (pa.ArrowException, sqlite3.DatabaseError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        found = f"cannot be read: {type(error).__name__}: {_short(error)}"
+        return [Problem(LEAVES, found, "the leaves of its stage", _REMEDY)], notes
+
+
+def _leaves(
+    root: Path, known: Tree, committer: Committer | None, present: frozenset[str], notes: list[str]
+) -> Iterator[Problem]:
+    from limbeck.ledger.sealing import LEAVES, parse_row, read_rows
+
+    again = _from_records(root, present, notes)
+    for place, (row, due, leaf) in enumerate(zip_longest(read_rows(root), known.latest, again or ())):
+        where = f"{LEAVES}: row {place}"
+        if row is None or due is None:
+            found, expected = ("no row", "a row") if row is None else ("a row", "no more leaves in the ledger's tree")
+            yield Problem(where, found, expected, _REMEDY)
+            continue
+        if row.leaf != due:
+            yield Problem(f"{where}: leaf", row.leaf.hex(), f"{due.hex()}, as the ledger's tree", _REMEDY)
+        said = parse_row(row)
+        if committer and (made := committer.commit(place, said).hash) != due:
+            yield Problem(f"{where}: hash of fields and salts", made.hex(), f"{due.hex()}, as the tree", _REMEDY)
+        if again is None:
+            continue
+        if leaf is None:
+            yield Problem(where, "a row", "no more examples", _REMEDY)
+            continue
+        values = leaf.values
+        for name, value in said.values.items():
+            if value != values[name]:
+                yield Problem(f"{where}: {name}", _told(value), f"{_told(values[name])}, as its records", _REMEDY)
+        if said.share != leaf.share:
+            shares = _told(said.share.value()), f"{_told(leaf.share.value())}, as its example"
+            yield Problem(f"{where}: share", *shares, _REMEDY)
+
+
+def _from_records(root: Path, present: frozenset[str], notes: list[str]):
+    """The leaves made again, where all records are there and the recipe is one of this version."""
+    from limbeck.ledger.sealing import leaves
+    from limbeck.rundir import RunDir
+
+    if not {"recipe.yaml", "prompts.parquet", "completions.parquet", "verdicts.parquet", "examples"} <= present:
+        return None
+    try:
+        return leaves(RunDir(root).recipe(), root)
+    except (ValueError, OSError, RecursionError, yaml.YAMLError, LimbeckError):
+        notes.append("recipe.yaml is not a recipe of this version; leaves were not compared with the records")
+        return None
+
+
+def _told(value: object) -> str:
+    text = canonical(value).decode()
+    return text if len(text) < 200 else f"{text[:180]} ... ({len(text)} characters)"
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

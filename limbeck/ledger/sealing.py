@@ -1,0 +1,245 @@
+"""The seal stage: every kept example becomes a leaf, RUN/leaves.parquet, to which the ledger then commits.
+
+Values come from the records of the stages before; nothing is asked and nothing is estimated. The same code makes them
+again when a run is verified.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import JsonValue
+
+from limbeck.errors import InputError, Problem, StaleError
+from limbeck.ledger.canonical import canonical, digest_json, iso
+from limbeck.ledger.merkle.fields import FIELDS, NOT_ASKED, Committed, Committer, Leaf, Share
+from limbeck.ledger.merkle.order import LeafSet, LeavesFact
+from limbeck.ledger.merkle.salts import Salts
+from limbeck.ledger.merkle.tree import Hash
+from limbeck.ledger.signing import keys
+from limbeck.recipe import Recipe
+from limbeck.records import Completion, Digest, Prompt, Verdict
+from limbeck.rundir import RunDir, atomic
+from limbeck.tables import read_records
+
+LEAVES = "leaves.parquet"
+_SCHEMA = pa.schema([("fields", pa.string()), ("share", pa.string()), ("leaf", pa.binary(32))])
+_ROWS = 4096
+"""Rows of a row group."""
+_REMEDY = "put back the files as the run wrote them, or run the same recipe again"
+
+
+class Row(NamedTuple):
+    """One row of RUN/leaves.parquet."""
+
+    fields: str
+    share: str
+    leaf: Hash
+
+
+def seal(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
+    """Write RUN/leaves.parquet, one row an example in their order; returns what the ledger needs to take them in.
+
+    Raises:
+        StaleError: the records do not belong together.
+        InputError: the secret cannot be used.
+    """
+    nonce = secrets.token_bytes(32)
+    committer = Committer(Salts.of(keys.secret(), nonce))
+    count, chunk = 0, list[Row]()
+    with (
+        run.progress.line("seal", None, "examples") as line,
+        atomic(run / LEAVES) as half,
+        pq.ParquetWriter(half, _SCHEMA, compression="zstd") as writer,
+    ):
+        for count, leaf in enumerate(leaves(recipe, run.root), 1):
+            chunk.append(_row(leaf, committer.commit(count - 1, leaf)))
+            line.advance()
+            if len(chunk) == _ROWS:
+                writer.write_table(_table(chunk))
+                chunk.clear()
+        writer.write_table(_table(chunk))
+    fact = LeavesFact(count=count, nonce=nonce.hex(), salts=committer.salts.id)
+    return {"leaves": fact.model_dump(mode="json"), "gate": NOT_ASKED}
+
+
+def _row(leaf: Leaf, made: Committed) -> Row:
+    return Row(canonical(leaf.values).decode(), canonical(leaf.share.value()).decode(), made.hash)
+
+
+def _table(rows: list[Row]) -> pa.Table:
+    return pa.table([list(column) for column in zip(*rows, strict=True)] or [[], [], []], schema=_SCHEMA)
+
+
+def leaf_hashes(run: Path, facts: dict[str, JsonValue]) -> list[Hash]:
+    """The hashes that the entry of a stage with these facts brings into the tree."""
+    return [row.leaf for row in read_rows(run)] if "leaves" in facts else []
+
+
+def read_rows(run: Path) -> Iterator[Row]:
+    """RUN/leaves.parquet, row by row. Raises what readers raise for damaged bytes."""
+    with pq.ParquetFile(run / LEAVES) as file:
+        for batch in file.iter_batches(batch_size=_ROWS, columns=_SCHEMA.names):
+            yield from map(Row, *(batch.column(name).to_pylist() for name in _SCHEMA.names))
+
+
+def read_row(run: Path, row: int) -> Row | None:
+    """One row, read with no more than its neighbours; None where there is no such row."""
+    with pq.ParquetFile(run / LEAVES) as file:
+        first = 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if first <= row < first + rows:
+                table = file.read_row_group(group, columns=_SCHEMA.names).slice(row - first, 1)
+                return Row(*(table.column(name)[0].as_py() for name in _SCHEMA.names))
+            first += rows
+    return None
+
+
+def parse_row(row: Row) -> Leaf:
+    """The leaf of a row. Raises `ValueError` for other fields than those of this version."""
+    values = json.loads(row.fields)
+    if not isinstance(values, dict) or tuple(sorted(values)) != FIELDS:
+        raise ValueError(f"fields {sorted(values)}, not {list(FIELDS)}")
+    return Leaf(tuple(values[name] for name in FIELDS), Share.model_validate_json(row.share))
+
+
+def known_salts(found: LeafSet, key: bytes | None = None) -> Salts | None:
+    """The salts of a set, if the key that was handed over or the secret on this machine is the right one."""
+    secret = keys.find_secret()
+    salts = Salts(key) if key else Salts.of(secret, bytes.fromhex(found.fact.nonce)) if secret else None
+    return salts if salts and salts.id == found.fact.salts else None
+
+
+def salts_for(found: LeafSet, key: bytes | None = None) -> Salts:
+    """The salts of a set: from the key that was handed over, or from the secret on this machine.
+
+    Raises `InputError` where that is another key or secret than the set was sealed with.
+    """
+    salts = Salts(key) if key else Salts.of(keys.secret(), bytes.fromhex(found.fact.nonce))
+    if salts.id != found.fact.salts:
+        where = "the salts' key that was given" if key else str(keys.home() / "secret")
+        remedy = (
+            "use the secret of the machine that sealed this run (copy it, or set LIMBECK_HOME), or remove "
+            f"{LEAVES} and run again: the examples are then sealed anew"
+        )
+        raise InputError("another secret", [Problem(where, salts.id, found.fact.salts, remedy)])
+    return salts
+
+
+def read_salts_key(path: Path) -> bytes:
+    """A salts' key from its file: 64 hexadecimal digits. Raises `InputError`."""
+    try:
+        text = path.read_text(encoding="ascii").strip()
+        if len(text) != 64:
+            raise ValueError(f"{len(text)} characters")
+        return bytes.fromhex(text)
+    except (OSError, ValueError) as error:
+        problem = Problem(
+            str(path), str(error)[:200], "64 hexadecimal digits", "give what `limbeck ledger salts` wrote"
+        )
+        raise InputError("no salts' key", [problem]) from None
+
+
+def refuse_unsealed(run: Path, sets: Sequence[LeafSet]) -> None:
+    """Raises `InputError` where a run has no leaves yet."""
+    if not sets:
+        found = "no entry of the stage seal"
+        problem = Problem(str(run / "ledger.db"), found, "sealed examples", "run the recipe as far as annotate")
+        raise InputError("nothing is sealed yet", [problem])
+
+
+class _Example(NamedTuple):
+    """What a leaf takes over from an example."""
+
+    id: Digest
+    completion: Digest
+    split: str
+    teacher: str
+    tokens: int
+
+
+def leaves(recipe: Recipe, run: Path) -> Iterator[Leaf]:
+    """The leaves of a run, in the order of its examples. Raises `StaleError` where records do not belong together."""
+    writers = {p.id: p.writer for p in read_records(run / "prompts.parquet", Prompt) if p.writer is not None}
+    samplings: dict[int, JsonValue] = {}
+    answers = _answers(run)
+    for place, example in enumerate(_examples(run / "examples" / "examples.parquet")):
+        completion = next((found for name, found in answers if name == example.completion), None)
+        if completion is None:
+            where, found = f"examples: row {place}: parent", example.completion
+            expected = "a completion of completions.parquet, in their order"
+            raise StaleError("examples without their completions", [Problem(where, found, expected, _REMEDY)])
+        sampling = samplings.setdefault(completion.sample, _sampling(recipe, completion.sample))
+        yield Leaf(
+            (
+                completion_digest(completion.text, completion.reasoning, completion.finish_reason),
+                iso(completion.created),
+                example.id,
+                NOT_ASKED,
+                completion.model,
+                [example.completion],
+                completion.prompt_id,
+                completion.provider,
+                completion.request_id,
+                completion.response,
+                completion.route,
+                sampling,
+                completion.teacher,
+                completion.terms,
+                completion.weights,
+                _writers(completion, writers.get(completion.prompt_id)),
+            ),
+            Share.model_validate({"class": example.teacher, "split": example.split, "tokens": example.tokens}),
+        )
+
+
+def completion_digest(text: str, reasoning: str | None, finish_reason: str) -> Digest:
+    """Digest of an answer by itself, whoever gave it to whatever prompt."""
+    return digest_json({"finish_reason": finish_reason, "reasoning": reasoning, "text": text})
+
+
+def _sampling(recipe: Recipe, sample: int) -> JsonValue:
+    told = recipe.collect
+    return {
+        "max_tokens": told.max_tokens,
+        "sample": sample,
+        "seed": recipe.seed,
+        "temperature": told.temperature,
+        "top_p": told.top_p,
+    }
+
+
+def _writers(completion: Completion, prompt_writer: str | None) -> JsonValue:
+    found: list[JsonValue] = [["answer", completion.model]]
+    return found if prompt_writer is None else [*found, ["prompt", prompt_writer]]
+
+
+def _answers(run: Path) -> Iterator[tuple[Digest, Completion]]:
+    """Completions with their ids, which the verdicts have in the same order."""
+    verdicts = read_records(run / "verdicts.parquet", Verdict)
+    for row, completion in enumerate(read_records(run / "completions.parquet", Completion)):
+        verdict = next(verdicts, None)
+        if verdict is None:
+            problem = Problem(f"verdicts.parquet: row {row}", "no verdict", "one for each completion", _REMEDY)
+            raise StaleError("completions and verdicts do not belong together", [problem])
+        yield verdict.completion, completion
+
+
+def _examples(path: Path) -> Iterator[_Example]:
+    import numpy as np
+
+    names = ("id", "completion", "split", "teacher")
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1024, columns=[*names, "mask"]):
+            mask = batch.column("mask")
+            total = np.concatenate([[0], np.cumsum(mask.values.to_numpy(zero_copy_only=False))])
+            ends = mask.offsets.to_numpy()
+            tokens = (total[ends[1:]] - total[ends[:-1]]).tolist()
+            yield from map(_Example, *(batch.column(name).to_pylist() for name in names), tokens)
