@@ -12,6 +12,7 @@ errors and progress to standard error; progress is shown on a terminal only.
     edge        errors to messages and exit codes
     show        where a run stands, as text and as JSON
     ledger      `limbeck ledger ...`
+    proofs      `limbeck ledger disclose|share|spot-check|check`
     terms       `limbeck terms ...`
     reference   docs/cli.md
 """
@@ -24,7 +25,7 @@ from typing import Annotated
 
 import typer
 
-from limbeck.cli import ledger, terms
+from limbeck.cli import ledger, proofs, terms
 from limbeck.cli.edge import Edge, writing
 
 HELP_OPTIONS = ["-h", "--help"]
@@ -48,6 +49,7 @@ app = typer.Typer(
 )
 app.add_typer(terms.app, name="terms")
 app.add_typer(ledger.app, name="ledger")
+_ = proofs  # adds its commands to `limbeck ledger`
 
 _RecipePath = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file (`limbeck init` writes one).")

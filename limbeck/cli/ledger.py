@@ -105,7 +105,7 @@ def checkpoint(
         else:
             made = _last(run, list(checkpoints(entries)))
     if out is not None:
-        _write(out, made.envelope.data)
+        write_new(out, made.envelope.data)
     trust = _trust(stamp, authority)
     told = made.statement.predicate
     values = {
@@ -162,7 +162,7 @@ def salts(
     with Ledger(run / "ledger.db", read_only=True) as ledger:
         sets = leaf_sets(ledger.entries())
     refuse_unsealed(run, sets)
-    _write(out, salts_for(sets[-1]).key.hex().encode(), private=True)
+    write_new(out, salts_for(sets[-1]).key.hex().encode(), private=True)
     typer.echo(f"wrote {out}; who has it can open every row of this run")
 
 
@@ -197,7 +197,7 @@ def _trust(stamp: Stamp | None, authority: Path | None) -> str:
     return "anchored: the authority whose certificate was given vouches for the time"
 
 
-def _write(path: Path, data: bytes, *, private: bool = False) -> None:
+def write_new(path: Path, data: bytes, *, private: bool = False) -> None:
     """A new file; what is there is left alone."""
     from limbeck.errors import InputError, Problem
 

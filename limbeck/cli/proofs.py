@@ -1,0 +1,220 @@
+"""`limbeck ledger disclose|share|spot-check|check`: what is handed to strangers, and reading it. Needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from limbeck.cli.edge import printable
+from limbeck.cli.ledger import app, as_json_text, write_new
+
+if TYPE_CHECKING:
+    from limbeck.ledger.proofs.documents import CheckedRoot, ClassShare, Document, ShareDocument
+
+_RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_Share = Annotated[
+    Path | None, typer.Option("--share", metavar="FILE", help="The manifest that `limbeck ledger share --out` wrote.")
+]
+
+
+@app.command()
+def disclose(
+    run: _RunPath,
+    row: Annotated[int, typer.Option("--row", metavar="N", help="Row of leaves.parquet, from 0.")],
+    field: Annotated[str, typer.Option("--field", metavar="F", help="Such as teacher, terms, model, prompt, share.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the proof to a file.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Prove one field of one example to a stranger, and show nothing else.
+
+    The proof, canonical JSON of less than 2 kB for most values, goes to standard output or to --out. Whoever gets it
+    runs `limbeck ledger check FILE`.
+    """
+    from limbeck.ledger.paths import refuse_other_than_run
+    from limbeck.ledger.proofs.disclosure import disclose as prove
+    from limbeck.ledger.proofs.documents import document_bytes
+
+    refuse_other_than_run(run)
+    proof = prove(run, row, field)
+    data = document_bytes(proof)
+    if out is None:
+        typer.echo(data.decode())
+        return
+    write_new(out, data)
+    told = {"row": row, "field": field, "value": proof.value, "bytes": len(data), "file": str(out)}
+    typer.echo(as_json_text(told) if as_json else printable(f"{field} of row {row}: {proof.value!r}; wrote {out}"))
+
+
+@app.command()
+def share(
+    run: _RunPath,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the blinded manifest to a file.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Say how much of the supervised tokens each teacher wrote, provably.
+
+    --out writes the blinded manifest: of every row its class and tokens and one digest. With it anybody recomputes
+    root and shares (`limbeck ledger check FILE`).
+    """
+    from limbeck.ledger.paths import refuse_other_than_run
+    from limbeck.ledger.proofs.documents import checked_root, document_bytes
+    from limbeck.ledger.proofs.share import share as add_up
+
+    refuse_other_than_run(run)
+    document = add_up(run)
+    if out is not None:
+        write_new(out, document_bytes(document))
+    root = checked_root(document.checkpoint)
+    values = _root_values(root) | {"shares": _shares(document.shares), "file": str(out) if out else None}
+    typer.echo(as_json_text(values) if as_json else _share_text(document.shares, root))
+
+
+@app.command("spot-check")
+def spot_check(
+    run: _RunPath,
+    seed: Annotated[
+        str, typer.Option("--seed", metavar="S", help="Drawn by others, or by a public beacon, after the checkpoint.")
+    ],
+    share_file: _Share = None,
+    draws: Annotated[int, typer.Option("--draws", metavar="N", help="How many draws.", min=1, max=1_000_000)] = 300,
+    raw: Annotated[bool, typer.Option("--raw", help="Add the raw request and response of each row.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the opened rows to a file.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Open the rows that a public seed picks, so that somebody can look whether they are true.
+
+    Rows are picked in proportion to their tokens. If none of them turns out wrong, no more than the bound of all
+    supervised tokens is misstated, with 95 % confidence: 300 draws bound it to 1 %. The seed must not be known before
+    the checkpoint is published.
+    """
+    from limbeck.ledger.paths import refuse_other_than_run
+    from limbeck.ledger.proofs.bounds import CONFIDENCE, upper_limit
+    from limbeck.ledger.proofs.documents import document_bytes
+    from limbeck.ledger.proofs.share import share as add_up
+    from limbeck.ledger.proofs.spot_check import spot_check as pick
+
+    refuse_other_than_run(run)
+    manifest = _manifest(share_file) if share_file else add_up(run)
+    document = pick(run, manifest, seed, draws, raw=raw)
+    if out is not None:
+        write_new(out, document_bytes(document))
+    values = {
+        "seed": seed,
+        "draws": draws,
+        "rows": [opened.row for opened in document.rows],
+        "confidence": CONFIDENCE,
+        "misstated_at_most": upper_limit(draws),
+        "file": str(out) if out else None,
+    }
+    typer.echo(as_json_text(values) if as_json else _bound_text(draws, len(document.rows)))
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A disclosure, a share, or a spot-check.")],
+    share_file: _Share = None,
+    key: Annotated[
+        str | None, typer.Option("--key", metavar="KEY", help="The public key that has to have signed.")
+    ] = None,
+    wrong: Annotated[
+        int, typer.Option("--wrong", metavar="K", help="Draws of a spot-check that turned out wrong.", min=0)
+    ] = 0,
+    as_json: _Json = False,
+) -> None:
+    """Check a proof that somebody handed over; needs nothing of the run.
+
+    Exit code 0: it holds; 1: it does not; 2: no proof.
+    """
+    from limbeck.errors import InputError
+    from limbeck.ledger.proofs.documents import read_document
+
+    document, digest = read_document(file)
+    manifest = (_manifest(share_file), read_document(share_file).digest) if share_file else None
+    try:
+        values = _checked(document, manifest, wrong) | {"digest": digest}
+        if key is not None and values["key"] != key:
+            raise ValueError(f"signed by {values['key']}, not by {key}")
+    except InputError:  # is a ValueError too
+        raise
+    except ValueError as error:
+        told = {"ok": False, "why": str(error)}
+        typer.echo(as_json_text(told) if as_json else printable(f"does NOT hold: {error}"))
+        raise typer.Exit(1) from None
+    lines = [f"{name}: {value}" for name, value in values.items()]
+    typer.echo(as_json_text({"ok": True} | values) if as_json else printable("\n".join(["it holds", *lines])))
+
+
+def _checked(document: Document, manifest: tuple[ShareDocument, str] | None, wrong: int) -> dict[str, object]:
+    """What a proof shows. Raises `ValueError` where it does not hold."""
+    from limbeck.errors import InputError, Problem
+    from limbeck.ledger.proofs.bounds import CONFIDENCE, upper_limit
+    from limbeck.ledger.proofs.disclosure import check_disclosure
+    from limbeck.ledger.proofs.documents import Disclosure, ShareDocument
+    from limbeck.ledger.proofs.share import check_share
+    from limbeck.ledger.proofs.spot_check import check_spot_check
+
+    if isinstance(document, Disclosure):
+        root = check_disclosure(document)
+        return _root_values(root) | {"row": document.row, "field": document.field, "value": document.value}
+    if isinstance(document, ShareDocument):
+        return _root_values(check_share(document).root) | {"shares": _shares(document.shares)}
+    if manifest is None:
+        problem = Problem("--share", "nothing", "the manifest that the rows were picked from", "give its file")
+        raise InputError("a spot-check needs its share", [problem])
+    held = check_spot_check(document, *manifest)
+    return _root_values(held.share.root) | {
+        "seed": document.seed,
+        "draws": held.draws,
+        "rows": len(held.rows),
+        "confidence": CONFIDENCE,
+        "misstated_at_most": upper_limit(held.draws, wrong),
+    }
+
+
+def _manifest(path: Path) -> ShareDocument:
+    from limbeck.errors import InputError, Problem
+    from limbeck.ledger.proofs.documents import ShareDocument, read_document
+
+    document = read_document(path).document
+    if not isinstance(document, ShareDocument):
+        problem = Problem(str(path), document.form, "limbeck-share/1", "give what `limbeck ledger share --out` wrote")
+        raise InputError("no share", [problem])
+    return document
+
+
+def _root_values(root: CheckedRoot) -> dict[str, object]:
+    told = root.statement.predicate
+    values = {"kind": told.kind, "signed": told.at, "root": root.statement.root.hex(), "size": root.size}
+    return values | {"key": root.keyid, "trust": "unanchored: signed, but nothing in this file says when"}
+
+
+def _shares(shares: list[ClassShare]) -> list[dict[str, object]]:
+    total = sum(one.tokens for one in shares)
+    return [
+        {"class": s.name, "rows": s.rows, "tokens": s.tokens, "share": s.tokens / total if total else 0.0}
+        for s in shares
+    ]
+
+
+def _share_text(shares: list[ClassShare], root: CheckedRoot) -> str:
+    total = sum(one.tokens for one in shares)
+    lines = [
+        f"{100 * one.tokens / total if total else 0:6.2f} %  {one.tokens:>12,} tokens  {one.rows:>9,} rows  {one.name}"
+        for one in shares
+    ]
+    values = _root_values(root)
+    return printable("\n".join([*lines, *(f"{name:<8}{value}" for name, value in values.items())]))
+
+
+def _bound_text(draws: int, rows: int) -> str:
+    from limbeck.ledger.proofs.bounds import upper_limit
+
+    return (
+        f"{draws} draws opened {rows} rows; if none of them is wrong, at most {100 * upper_limit(draws):.3g} % of the "
+        "supervised tokens are misstated, with 95 % confidence"
+    )
