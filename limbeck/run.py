@@ -37,6 +37,8 @@ class Stage(NamedTuple):
     writes: tuple[str, ...]
     scratch: tuple[str, ...] = ()
     """What only this stage needs while it works; removed when the ledger has its entry."""
+    shows_notes: bool = False
+    """Whether a new signed note makes it due again."""
     signs: Kind | None = None
     """The moment that is signed once this stage and those before it are done."""
 
@@ -101,6 +103,7 @@ STAGES = (
             "answers.json",
         ),
         ("report.html",),
+        shows_notes=True,
     ),
 )
 
@@ -151,13 +154,16 @@ def run(
 
 def _advance(stage: Stage, recipe: Recipe, run: RunDir, ledger: Ledger, sources: dict[str, Digest]) -> None:
     """Do one stage, unless the ledger says that it is done and its outputs still are what they were."""
+    from limbeck.ledger.sealing import leaf_hashes
+    from limbeck.ledger.signing.notes import INPUT, notes_digest
+
     inputs = sources | {name: digest_path(run / name) for name in stage.reads}
+    if stage.shows_notes and (told := notes_digest(ledger.entries())):
+        inputs[INPUT] = told
     last = ledger.last(stage.name)
     if last and last.recipe == recipe.digest and last.inputs == inputs and _intact(run, last.outputs):
         _clear(stage, run)
         return
-    from limbeck.ledger.sealing import leaf_hashes
-
     started = datetime.now(UTC)
     facts = pkgutil.resolve_name(stage.work)(recipe, run)
     outputs = {name: digest_path(run / name) for name in stage.writes}

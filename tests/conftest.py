@@ -11,8 +11,10 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: a second thread costs more than it brings
 os.environ["HF_HUB_OFFLINE"] = "1"
-_KEYS = tempfile.TemporaryDirectory(prefix="limbeck-keys-")
-os.environ["LIMBECK_HOME"] = _KEYS.name  # never the keys of who runs the tests
+if "LIMBECK_TEST_HOME" not in os.environ:  # processes that a test starts share it
+    _keys = tempfile.TemporaryDirectory(prefix="limbeck-keys-")
+    os.environ["LIMBECK_TEST_HOME"] = _keys.name
+os.environ["LIMBECK_HOME"] = os.environ["LIMBECK_TEST_HOME"]  # never the keys of who runs the tests
 
 WORDS = (
     "sea",

@@ -256,7 +256,7 @@ def test_a_stage_done_again_shows_both_entries(told_run, tmp_path):
     _, parsed = page_of(recipe, RunDir(root))
     assert parsed.sections["Timeline"].count("Done again later.") == 1
     assert "#entry-9" in parsed.values("href")
-    assert "#entry-6" not in parsed.values("href")
+    assert "#entry-7" not in parsed.values("href")
 
 
 def test_curves_need_two_finite_losses_and_never_grow_with_the_run():
@@ -303,3 +303,21 @@ def test_the_report_needs_no_torch(tmp_path: Path):
     code = "import sys, limbeck.report.report; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_signed_notes_stand_under_discussion_and_stay_text(told_run, tmp_path):
+    from limbeck.ledger.signing.notes import sign_note
+
+    recipe, run = told_run
+    root = shutil.copytree(run.root, tmp_path / "run")
+    with runs.Ledger(root / "ledger.db") as ledger:
+        sign_note(ledger, "Row 3 <script>alert(1)</script> is odd.", "A <b>reader</b>", recipe)
+        sign_note(ledger, "It is not, I looked.", None, recipe)
+    report(recipe, RunDir(root))
+    page = (root / "report.html").read_text(encoding="utf-8")
+    text = " ".join(Page(page).sections["Discussion"].split())
+    assert "Row 3 <script>alert(1)</script> is odd." in text
+    assert text.index("A <b>reader</b>") < text.index("is odd.") < text.index("It is not, I looked.")
+    assert "<script" not in page
+    assert "No signed notes" not in text
+    assert text.count("Signed by key") == 2

@@ -19,6 +19,7 @@ from pydantic import JsonValue
 from limbeck.evaluate.answers import Answers, Drawn, write_answers
 from limbeck.evaluate.scores import write_scores
 from limbeck.ledger.canonical import digest_bytes, digest_path
+from limbeck.ledger.sealing import leaf_hashes, seal
 from limbeck.ledger.store import Ledger
 from limbeck.recipe import Recipe
 from limbeck.records import Completion, Message, Prompt, Rollout, Score, Split, Verdict
@@ -280,6 +281,7 @@ def _enter(root: Path, recipe: Recipe, told: Told, until: str) -> None:
         for stage in STAGES:
             inputs = {f"teacher:{name}": WEIGHTS for name in told.teachers}
             inputs |= {name: digest_path(root / name) for name in stage.reads if (root / name).exists()}
+            sealed = seal(recipe, RunDir(root)) if stage.name == "seal" else {}
             outputs = {name: digest_path(root / name) for name in stage.writes}
             started = datetime.now(UTC) - timedelta(seconds=SECONDS.get(stage.name, 1))
             ledger.append(
@@ -288,7 +290,8 @@ def _enter(root: Path, recipe: Recipe, told: Told, until: str) -> None:
                 inputs=inputs,
                 outputs=outputs,
                 recipe=recipe.digest,
-                facts=facts(told).get(stage.name, {}) if told.facts else {},
+                facts=(facts(told).get(stage.name, {}) if told.facts else {}) | sealed,
+                leaves=leaf_hashes(root, sealed),
             )
             if stage.name == until:
                 break

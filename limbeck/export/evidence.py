@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from limbeck.evaluate.answers import Answers, read_answers
 from limbeck.evaluate.scores import read_scores, score_of
+from limbeck.ledger.signing.checkpoints import checkpoints
+from limbeck.ledger.signing.notes import notes
 from limbeck.ledger.store import Ledger, entry_digest
 from limbeck.recipe import Recipe
 from limbeck.records import Completion, Digest, Entry, Prompt, Score, Split, Verdict
@@ -116,6 +118,36 @@ class Training(BaseModel):
     seconds: float | None = None
 
 
+class NoteSeen(NamedTuple):
+    """A reviewer's note."""
+
+    entry: int
+    text: str
+    by: str | None
+    at: str
+    """By the signer's clock, ISO 8601."""
+    key: str
+    signed: bool
+    """Whether its signature holds."""
+
+
+class Trust(NamedTuple):
+    """Who signed the ledger, as far as it was signed."""
+
+    keys: tuple[str, ...]
+    checkpoints: int
+    stamps: int
+    """Time-stamps that lie in it; whether their authorities vouch for them is not looked at here."""
+
+    @property
+    def words(self) -> str:
+        """In a few words."""
+        if not self.checkpoints:
+            return "unsigned and unanchored"
+        signed = f"signed at {self.checkpoints} checkpoints"
+        return f"{signed}, with time-stamps to be checked" if self.stamps else f"{signed} and unanchored"
+
+
 @dataclass(frozen=True)
 class Evidence:
     """A run, as its records tell it."""
@@ -134,6 +166,9 @@ class Evidence:
     """By subject: `student`, `before`, `teacher:NAME`."""
     speeds: Mapping[str, Speed]
     """By subject: `student`, `before`, `teacher`."""
+    notes: tuple[NoteSeen, ...]
+    """Signed notes, oldest first."""
+    trust: Trust
 
     def entry(self, stage: str) -> Entry | None:
         """The latest entry of a stage, or None where there is none yet."""
@@ -194,7 +229,29 @@ def read_evidence(recipe: Recipe, run: RunDir) -> Evidence:
         training=Training.model_validate_json((run / "training.json").read_bytes()),
         sizes=_typed(facts.get("models"), Size),
         speeds=_typed(facts.get("reading_ms_a_token"), Speed),
+        notes=_notes(entries),
+        trust=_trust(entries),
     )
+
+
+def _notes(entries: tuple[Entry, ...]) -> tuple[NoteSeen, ...]:
+    return tuple(
+        NoteSeen(
+            one.entry.index,
+            one.statement.predicate.text,
+            one.statement.predicate.by,
+            one.statement.predicate.at,
+            one.envelope.keyid,
+            one.envelope.signed(),
+        )
+        for one in notes(entries)
+    )
+
+
+def _trust(entries: tuple[Entry, ...]) -> Trust:
+    made = [one for one in checkpoints(entries) if one.envelope.signed()]
+    stamps = sum(entry.stage == "timestamp" for entry in entries)
+    return Trust(tuple(sorted({one.envelope.keyid for one in made})), len(made), stamps)
 
 
 def _sources(run: RunDir) -> tuple[PromptSource, ...]:

@@ -337,6 +337,7 @@ def _code_notes(entries: Sequence[Entry]) -> list[str]:
 
 def _progress_notes(entries: Sequence[Entry]) -> list[str]:
     from limbeck.ledger.signing.checkpoints import SIGNED
+    from limbeck.ledger.signing.notes import INPUT, notes_digest
     from limbeck.run import STAGES
 
     done = {entry.stage for entry in entries}
@@ -345,7 +346,10 @@ def _progress_notes(entries: Sequence[Entry]) -> list[str]:
         notes.append(f"stages not done yet: {', '.join(missing)}")
     if unknown := sorted(done - {stage.name for stage in STAGES} - {*SIGNED}):
         notes.append(f"stages unknown to this version, their files checked all the same: {', '.join(unknown)}")
-    if outside := sorted({name for entry in entries for name in entry.inputs} - _all_inside(entries)):
+    shown = next((entry.inputs.get(INPUT) for entry in reversed(entries) if entry.stage == "report"), None)
+    if "report" in done and shown != notes_digest(entries):
+        notes.append("there are signed notes that report.html does not show; `limbeck report` makes it anew")
+    if outside := sorted({name for entry in entries for name in entry.inputs} - _all_inside(entries) - {INPUT}):
         notes.append(f"lies outside RUN, digest recorded but not compared: {', '.join(outside)}")
     return notes
 

@@ -7,13 +7,14 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from limbeck.errors import InputError, Problem
+from limbeck.ledger.canonical import digest_json
 from limbeck.ledger.signing.checkpoints import EnvelopeFact, append_signed
 from limbeck.ledger.signing.envelope import Envelope, sign
 from limbeck.ledger.signing.keys import signing_key
 from limbeck.ledger.signing.statements import Note, NotePredicate, ledger_subject, now, refuse_other_form
-from limbeck.ledger.store import Ledger
+from limbeck.ledger.store import Ledger, entry_digest
 from limbeck.recipe import Recipe
-from limbeck.records import Entry
+from limbeck.records import Digest, Entry
 
 STAGE = "note"
 LONGEST = 10_000
@@ -46,6 +47,16 @@ def parse_note(entry: Entry) -> Noted:
     statement = Note.model_validate(said)
     refuse_other_form(statement, said)
     return Noted(entry, envelope, statement)
+
+
+def notes_digest(entries: Sequence[Entry]) -> Digest | None:
+    """Stands for all notes; None where there are none. What shows them has it among its inputs."""
+    found = [entry_digest(entry) for entry in entries if entry.stage == STAGE]
+    return digest_json(found) if found else None
+
+
+INPUT = "ledger:notes"
+"""The name of that input."""
 
 
 def notes(entries: Sequence[Entry]) -> list[Noted]:
