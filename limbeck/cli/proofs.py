@@ -189,7 +189,12 @@ def _manifest(path: Path) -> ShareDocument:
 
 def _root_values(root: CheckedRoot) -> dict[str, object]:
     told = root.statement.predicate
-    values = {"kind": told.kind, "signed": told.at, "root": root.statement.root.hex(), "size": root.size}
+    values: dict[str, object] = {
+        "kind": told.kind,
+        "signed": told.at,
+        "root": root.statement.root.hex(),
+        "size": root.size,
+    }
     return values | {"key": root.keyid, "trust": "unanchored: signed, but nothing in this file says when"}
 
 

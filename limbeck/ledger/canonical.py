@@ -6,13 +6,18 @@ order, white space or the machine. Times are written as ISO 8601 text before the
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from datetime import UTC, datetime
+from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any
 
 import rfc8785
+
+_EXACT = 2**53
+"""Integers from here on are not exact in JSON."""
 
 EMPTY = "sha256:" + hashlib.sha256(b"").hexdigest()
 
@@ -21,7 +26,44 @@ def canonical(value: Any) -> bytes:
     """RFC 8785 bytes of a JSON value. Raises `rfc8785.CanonicalizationError` for what JSON cannot say exactly
     (NaN, integers beyond 2**53).
     """
-    return rfc8785.dumps(value)
+    try:
+        return _plain(value).encode()
+    except (_NotPlainError, UnicodeEncodeError):
+        return rfc8785.dumps(value)
+
+
+class _NotPlainError(Exception):
+    """Something that is left to rfc8785: its order of keys, or its refusal."""
+
+
+def _plain(value: Any) -> str:
+    """What most values of a ledger are made of, two to three times as fast as rfc8785, which is all Python: a million
+    examples have twenty million of them. Equality with rfc8785 is a law of the tests. Keys in ASCII sort alike in code
+    points and in UTF-16 units, which is the order that RFC 8785 demands.
+    """
+    kind = type(value)
+    if kind is str:
+        return encode_basestring(value)
+    if value is None:
+        return "null"
+    if kind is bool:
+        return "true" if value else "false"
+    if kind is int and -_EXACT < value < _EXACT:
+        return str(value)
+    if kind is list or kind is tuple:
+        return f"[{','.join(map(_plain, value))}]"
+    if kind is dict:
+        if not all(type(key) is str and key.isascii() for key in value):
+            raise _NotPlainError
+        return f"{{{','.join(f'{encode_basestring(key)}:{_plain(value[key])}' for key in sorted(value))}}}"
+    if kind is float:
+        return _float(value)
+    raise _NotPlainError
+
+
+@functools.lru_cache(maxsize=4096)
+def _float(value: float) -> str:
+    return rfc8785.dumps(value).decode()
 
 
 def digest_bytes(data: bytes) -> str:

@@ -14,8 +14,9 @@ import yaml
 
 from limbeck.errors import LimbeckError, Problem
 from limbeck.ledger.canonical import canonical
-from limbeck.ledger.merkle.fields import Committer, entry_hash
+from limbeck.ledger.merkle.fields import Leaf, commit, encode, entry_hash
 from limbeck.ledger.merkle.order import LeafSet, leaf_sets
+from limbeck.ledger.merkle.salts import Salts
 from limbeck.ledger.merkle.tree import Hash
 from limbeck.ledger.store import Ledger, Row
 from limbeck.records import Entry
@@ -101,7 +102,7 @@ def leaf_differences(
             f"{LEAVES} says was not checked; who sealed them has the secret, and can hand over this run's key"
         )
     try:
-        return list(_leaves(root, known, Committer(salts) if salts else None, present, notes)), notes
+        return list(_leaves(root, known, salts, present, notes)), notes
     except LimbeckError as error:
         return list(error.problems), notes
     except (pa.ArrowException, sqlite3.DatabaseError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
@@ -110,7 +111,7 @@ def leaf_differences(
 
 
 def _leaves(
-    root: Path, known: Tree, committer: Committer | None, present: frozenset[str], notes: list[str]
+    root: Path, known: Tree, salts: Salts | None, present: frozenset[str], notes: list[str]
 ) -> Iterator[Problem]:
     from limbeck.ledger.sealing import LEAVES, parse_row, read_rows
 
@@ -123,21 +124,28 @@ def _leaves(
             continue
         if row.leaf != due:
             yield Problem(f"{where}: leaf", row.leaf.hex(), f"{due.hex()}, as the ledger's tree", _REMEDY)
-        said = parse_row(row)
-        if committer and (made := committer.commit(place, said).hash) != due:
+        told = encode(leaf) if leaf else None
+        if told is None or told.text() != row.fields or told.share.decode() != row.share:
+            said = parse_row(row)
+            told = encode(said)
+            if told.text() != row.fields or told.share.decode() != row.share:
+                yield Problem(where, "values that are not canonical JSON", "RFC 8785", _REMEDY)
+            if again is not None:
+                yield from _against_records(where, said, leaf)
+        if salts and (made := commit(salts, place, told).hash) != due:
             yield Problem(f"{where}: hash of fields and salts", made.hex(), f"{due.hex()}, as the tree", _REMEDY)
-        if again is None:
-            continue
-        if leaf is None:
-            yield Problem(where, "a row", "no more examples", _REMEDY)
-            continue
-        values = leaf.values
-        for name, value in said.values.items():
-            if value != values[name]:
-                yield Problem(f"{where}: {name}", _told(value), f"{_told(values[name])}, as its records", _REMEDY)
-        if said.share != leaf.share:
-            shares = _told(said.share.value()), f"{_told(leaf.share.value())}, as its example"
-            yield Problem(f"{where}: share", *shares, _REMEDY)
+
+
+def _against_records(where: str, said: Leaf, leaf: Leaf | None) -> Iterator[Problem]:
+    if leaf is None:
+        yield Problem(where, "a row", "no more examples", _REMEDY)
+        return
+    for name, value in said.values.items():
+        if value != leaf.values[name]:
+            yield Problem(f"{where}: {name}", _told(value), f"{_told(leaf.values[name])}, as its records", _REMEDY)
+    if said.share != leaf.share:
+        shares = _told(said.share.value()), f"{_told(leaf.share.value())}, as its example"
+        yield Problem(f"{where}: share", *shares, _REMEDY)
 
 
 def _from_records(root: Path, present: frozenset[str], notes: list[str]):

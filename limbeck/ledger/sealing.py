@@ -9,24 +9,24 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from limbeck.errors import InputError, Problem, StaleError
-from limbeck.ledger.canonical import canonical, digest_json, iso
-from limbeck.ledger.merkle.fields import FIELDS, NOT_ASKED, Committed, Committer, Leaf, Share
+from limbeck.ledger.canonical import digest_json, iso
+from limbeck.ledger.merkle.fields import FIELDS, NOT_ASKED, Leaf, Share, commit, encode
 from limbeck.ledger.merkle.order import LeafSet, LeavesFact
 from limbeck.ledger.merkle.salts import Salts
 from limbeck.ledger.merkle.tree import Hash
 from limbeck.ledger.signing import keys
 from limbeck.recipe import Recipe
-from limbeck.records import Completion, Digest, Prompt, Verdict
+from limbeck.records import Digest
 from limbeck.rundir import RunDir, atomic
-from limbeck.tables import read_records
 
 LEAVES = "leaves.parquet"
 _SCHEMA = pa.schema([("fields", pa.string()), ("share", pa.string()), ("leaf", pa.binary(32))])
@@ -51,7 +51,7 @@ def seal(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
         InputError: the secret cannot be used.
     """
     nonce = secrets.token_bytes(32)
-    committer = Committer(Salts.of(keys.secret(), nonce))
+    salts = Salts.of(keys.secret(), nonce)
     count, chunk = 0, list[Row]()
     with (
         run.progress.line("seal", None, "examples") as line,
@@ -59,18 +59,15 @@ def seal(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
         pq.ParquetWriter(half, _SCHEMA, compression="zstd") as writer,
     ):
         for count, leaf in enumerate(leaves(recipe, run.root), 1):
-            chunk.append(_row(leaf, committer.commit(count - 1, leaf)))
+            told = encode(leaf)
+            chunk.append(Row(told.text(), told.share.decode(), commit(salts, count - 1, told).hash))
             line.advance()
             if len(chunk) == _ROWS:
                 writer.write_table(_table(chunk))
                 chunk.clear()
         writer.write_table(_table(chunk))
-    fact = LeavesFact(count=count, nonce=nonce.hex(), salts=committer.salts.id)
+    fact = LeavesFact(count=count, nonce=nonce.hex(), salts=salts.id)
     return {"leaves": fact.model_dump(mode="json"), "gate": NOT_ASKED}
-
-
-def _row(leaf: Leaf, made: Committed) -> Row:
-    return Row(canonical(leaf.values).decode(), canonical(leaf.share.value()).decode(), made.hash)
 
 
 def _table(rows: list[Row]) -> pa.Table:
@@ -167,7 +164,9 @@ class _Example(NamedTuple):
 
 def leaves(recipe: Recipe, run: Path) -> Iterator[Leaf]:
     """The leaves of a run, in the order of its examples. Raises `StaleError` where records do not belong together."""
-    writers = {p.id: p.writer for p in read_records(run / "prompts.parquet", Prompt) if p.writer is not None}
+    writers = {
+        name: writer for name, writer in _columns(run / "prompts.parquet", ("id", "writer")) if writer is not None
+    }
     samplings: dict[int, JsonValue] = {}
     answers = _answers(run)
     for place, example in enumerate(_examples(run / "examples" / "examples.parquet")):
@@ -216,20 +215,46 @@ def _sampling(recipe: Recipe, sample: int) -> JsonValue:
     }
 
 
-def _writers(completion: Completion, prompt_writer: str | None) -> JsonValue:
+def _writers(completion: _Answer, prompt_writer: str | None) -> JsonValue:
     found: list[JsonValue] = [["answer", completion.model]]
     return found if prompt_writer is None else [*found, ["prompt", prompt_writer]]
 
 
-def _answers(run: Path) -> Iterator[tuple[Digest, Completion]]:
+class _Answer(NamedTuple):
+    """What a leaf takes over from a completion: these columns of its table."""
+
+    created: datetime
+    finish_reason: str
+    model: str
+    prompt_id: Digest
+    provider: str
+    reasoning: str | None
+    request_id: Digest
+    response: Digest
+    route: str
+    sample: int
+    teacher: str
+    terms: str
+    text: str
+    weights: Digest | None
+
+
+def _answers(run: Path) -> Iterator[tuple[Digest, _Answer]]:
     """Completions with their ids, which the verdicts have in the same order."""
-    verdicts = read_records(run / "verdicts.parquet", Verdict)
-    for row, completion in enumerate(read_records(run / "completions.parquet", Completion)):
-        verdict = next(verdicts, None)
-        if verdict is None:
+    ids = (name for (name,) in _columns(run / "verdicts.parquet", ("completion",)))
+    for row, values in enumerate(_columns(run / "completions.parquet", _Answer._fields)):
+        name = next(ids, None)
+        if name is None:
             problem = Problem(f"verdicts.parquet: row {row}", "no verdict", "one for each completion", _REMEDY)
             raise StaleError("completions and verdicts do not belong together", [problem])
-        yield verdict.completion, completion
+        yield name, _Answer(*values)
+
+
+def _columns(path: Path, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Rows of some columns. Of a table with ten columns more, and of messages in JSON, nothing is read."""
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_ROWS, columns=list(names)):
+            yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
 
 
 def _examples(path: Path) -> Iterator[_Example]:

@@ -7,7 +7,7 @@ docs/ledger-format.md is the contract. What an example's fields say comes from `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from typing import Literal, NamedTuple
 
@@ -104,7 +104,7 @@ def entry_hash(body: bytes) -> Hash:
 
 
 class Committed(NamedTuple):
-    """A leaf with what its commitments need."""
+    """A leaf with what its commitments are made of."""
 
     salts: list[bytes]
     """In the order of `FIELDS`; the share's comes last."""
@@ -115,41 +115,35 @@ class Committed(NamedTuple):
     hash: Hash
 
 
-class Committer:
-    """Turns leaves of one set into hashes. Values that come again and again are made canonical once."""
+class Encoded(NamedTuple):
+    """The canonical bytes of a leaf's values."""
 
-    def __init__(self, salts: Salts):
-        self.salts = salts
-        self._bytes: Callable[[JsonValue], bytes] = _remembering(canonical)
-        self._prefixes = [bytes([len(name)]) + name.encode() for name in FIELDS]
+    fields: tuple[bytes, ...]
+    share: bytes
 
-    def commit(self, row: int, leaf: Leaf) -> Committed:
-        """The hashes of a row. Raises `ValueError` for values JSON cannot say exactly."""
-        salts = self.salts.row(row, len(FIELDS) + 1)
-        digests = [
-            sha256(_FIELD + salt + prefix + self._bytes(value)).digest()
-            for salt, prefix, value in zip(salts, self._prefixes, leaf.fields, strict=False)
-        ]
-        private = root(digests, _NODE)
-        share = field_digest(SHARE, salts[-1], self._bytes(leaf.share.value()))
-        return Committed(salts, digests, private, share, example_hash(private, share))
+    def text(self) -> str:
+        """The canonical JSON object of the private fields."""
+        return (b"{%b}" % b",".join(map(b"".join, zip(_KEYS, self.fields, strict=True)))).decode()
 
 
-def _remembering(make: Callable[[JsonValue], bytes], most: int = 256) -> Callable[[JsonValue], bytes]:
-    """Remembers the bytes of short texts and of objects by what they are; a set has few teachers, routes and terms."""
-    known: dict[str, bytes] = {}
+def encode(leaf: Leaf) -> Encoded:
+    """Raises `ValueError` for values JSON cannot say exactly."""
+    return Encoded(tuple(map(canonical, leaf.fields)), canonical(leaf.share.value()))
 
-    def remembered(value: JsonValue) -> bytes:
-        if isinstance(value, str) and len(value) < 48:
-            found = known.get(value)
-            if found is None:
-                found = make(value)
-                if len(known) < most:
-                    known[value] = found
-            return found
-        return make(value)
 
-    return remembered
+_KEYS = tuple(b'"%b":' % name.encode() for name in FIELDS)
+_PREFIXES = tuple(bytes([len(name)]) + name.encode() for name in FIELDS)
+
+
+def commit(salts: Salts, row: int, encoded: Encoded) -> Committed:
+    """The hashes of a row."""
+    own = salts.row(row, len(FIELDS) + 1)
+    digests = [
+        sha256(_FIELD + salt + prefix + data).digest()
+        for salt, prefix, data in zip(own, _PREFIXES, encoded.fields, strict=False)
+    ]
+    private, share = root(digests, _NODE), field_digest(SHARE, own[-1], encoded.share)
+    return Committed(own, digests, private, share, example_hash(private, share))
 
 
 def salts_of(data: bytes) -> list[bytes]:

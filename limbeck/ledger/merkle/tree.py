@@ -40,7 +40,8 @@ def root(hashes: Sequence[Hash], prefix: bytes = NODE) -> Hash:
         return EMPTY_ROOT
     level = hashes
     while len(level) > 1:
-        above = [sha256(prefix + level[i] + level[i + 1]).digest() for i in range(0, len(level) - 1, 2)]
+        one = iter(level)
+        above = [sha256(prefix + left + right).digest() for left, right in zip(one, one, strict=False)]
         level = [*above, level[-1]] if len(level) % 2 else above
     return level[0]
 

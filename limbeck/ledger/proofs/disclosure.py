@@ -10,7 +10,8 @@ from limbeck.ledger.canonical import canonical
 from limbeck.ledger.merkle.fields import (
     FIELDS,
     SHARE,
-    Committer,
+    commit,
+    encode,
     example_hash,
     field_digest,
     fields_path,
@@ -50,7 +51,7 @@ def disclose(run: Path, row: int, field: str) -> Disclosure:
     if found is None:
         raise InputError("no such row", [Problem(f"{run / LEAVES}: row {row}", "nothing", "a row", "verify the run")])
     leaf = parse_row(found)
-    made = Committer(salts_for(cover.found)).commit(row, leaf)
+    made = commit(salts_for(cover.found), row, encode(leaf))
     refuse_changed(run, row, made.hash, due)
     if field == SHARE:
         value, salt, inner = leaf.share.value(), made.salts[-1], [made.private]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from limbeck.ledger.canonical import canonical
-from limbeck.ledger.merkle.fields import SHARE, Committer, example_hash, field_digest
+from limbeck.ledger.merkle.fields import SHARE, commit, encode, example_hash, field_digest
 from limbeck.ledger.merkle.salts import SALT
 from limbeck.ledger.merkle.stored import WIDTH
 from limbeck.ledger.merkle.tree import Hash, root
@@ -45,11 +45,11 @@ def share(run: Path) -> ShareDocument:
         cover = covering(run, ledger.entries())
         first, end = cover.found.first, cover.found.first + cover.found.fact.count
         before, own, after = (ledger.tree.leaves(*part) for part in ((0, first), (first, end), (end, cover.size)))
-    committer = Committer(salts_for(cover.found))
+    keys = salts_for(cover.found)
     private, salts, told = [], [], []
     for row, (found, due) in enumerate(zip_longest(read_rows(run), own)):
         leaf = parse_row(found) if found else None
-        made = committer.commit(row, leaf) if leaf else None
+        made = commit(keys, row, encode(leaf)) if leaf else None
         refuse_changed(run, row, made.hash if made else b"", [due] if due else [])
         if leaf and made:
             private.append(made.private)
@@ -57,13 +57,14 @@ def share(run: Path) -> ShareDocument:
             told.append(leaf.share)
     classes = sorted({one.teacher for one in told})
     places = {name: place for place, name in enumerate(classes)}
-    rows = ShareRows(
-        private=base64.b64encode(b"".join(private)).decode(),
-        salts=base64.b64encode(b"".join(salts)).decode(),
-        class_=[places[one.teacher] for one in told],
-        split=[0 if one.split == "train" else 1 for one in told],
-        tokens=[one.tokens for one in told],
-    )
+    columns = {
+        "private": base64.b64encode(b"".join(private)).decode(),
+        "salts": base64.b64encode(b"".join(salts)).decode(),
+        "class": [places[one.teacher] for one in told],
+        "split": [0 if one.split == "train" else 1 for one in told],
+        "tokens": [one.tokens for one in told],
+    }
+    rows = ShareRows.model_validate(columns)
     return ShareDocument(
         checkpoint=cover.as_json(),
         before=_texts(before),
@@ -81,7 +82,8 @@ def added_up(classes: Sequence[str], rows: ShareRows) -> list[ClassShare]:
         if split == 0:
             counts[place] += 1
             tokens[place] += many
-    return [ClassShare(name=name, rows=n, tokens=t) for name, n, t in zip(classes, counts, tokens, strict=True)]
+    rows_of = zip(classes, counts, tokens, strict=True)
+    return [ClassShare.model_validate({"class": name, "rows": n, "tokens": t}) for name, n, t in rows_of]
 
 
 class CheckedShare(NamedTuple):

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from limbeck.errors import InputError, Problem
 from limbeck.ledger.canonical import canonical, digest_bytes
-from limbeck.ledger.merkle.fields import FIELDS, Committer, field_digest, fields_root, salts_of
-from limbeck.ledger.merkle.salts import SALT
+from limbeck.ledger.merkle.fields import FIELDS, commit, encode, field_digest, fields_root, salts_of
+from limbeck.ledger.merkle.salts import SALT, Salts
 from limbeck.ledger.merkle.tree import Hash
 from limbeck.ledger.proofs.documents import OpenedRow, ShareDocument, SpotCheckDocument, document_bytes
 from limbeck.ledger.proofs.share import CheckedShare, check_share
@@ -54,20 +54,20 @@ def spot_check(run: Path, manifest: ShareDocument, seed: str, draws: int, *, raw
     with Ledger(run / "ledger.db", read_only=True) as ledger:
         sets = leaf_sets(ledger.entries())
     refuse_unsealed(run, sets)
-    committer = Committer(salts_for(sets[-1]))
+    salts = salts_for(sets[-1])
     rows = sorted(set(picks(checked.root.statement.root, seed, draws, checked.running)))
     return SpotCheckDocument(
         checkpoint=manifest.checkpoint,
         share=digest_bytes(document_bytes(manifest)),
         seed=seed,
         draws=draws,
-        rows=[_opened(run, row, committer, checked, raw) for row in rows],
+        rows=[_opened(run, row, salts, checked, raw) for row in rows],
     )
 
 
-def _opened(run: Path, row: int, committer: Committer, checked: CheckedShare, raw: bool) -> OpenedRow:
+def _opened(run: Path, row: int, salts: Salts, checked: CheckedShare, raw: bool) -> OpenedRow:
     found = read_row(run, row)
-    made = committer.commit(row, parse_row(found)) if found else None
+    made = commit(salts, row, encode(parse_row(found))) if found else None
     if found is None or made is None or made.private != checked.private[row]:
         remedy = "make the share anew, of this run, and see what `limbeck ledger verify` says"
         problem = Problem(f"row {row}", made.private.hex() if made else "nothing", checked.private[row].hex(), remedy)

@@ -39,7 +39,7 @@ class Envelope(_Strict):
     """A signed statement."""
 
     payload: str
-    payload_type: Literal["application/vnd.in-toto+json"] = Field(PAYLOAD_TYPE, alias="payloadType")
+    payload_type: Literal["application/vnd.in-toto+json"] = Field(default=PAYLOAD_TYPE, alias="payloadType")
     signatures: Annotated[list[Signature], Field(min_length=1, max_length=1)]
 
     @property

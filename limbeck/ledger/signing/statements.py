@@ -60,7 +60,7 @@ class NotePredicate(_Strict):
 
 
 class _Statement(_Strict):
-    kind: Literal["https://in-toto.io/Statement/v1"] = Field(STATEMENT, alias="_type")
+    kind: Literal["https://in-toto.io/Statement/v1"] = Field(default=STATEMENT, alias="_type")
     subject: Annotated[list[Subject], Field(min_length=1)]
 
     @property
@@ -92,14 +92,14 @@ class Checkpoint(_Statement):
     """A signed root."""
 
     predicate: CheckpointPredicate
-    predicate_type: Literal["urn:x-limbeck:checkpoint:1"] = Field(CHECKPOINT, alias="predicateType")
+    predicate_type: Literal["urn:x-limbeck:checkpoint:1"] = Field(default=CHECKPOINT, alias="predicateType")
 
 
 class Note(_Statement):
     """A reviewer's words on a ledger."""
 
     predicate: NotePredicate
-    predicate_type: Literal["urn:x-limbeck:note:1"] = Field(NOTE, alias="predicateType")
+    predicate_type: Literal["urn:x-limbeck:note:1"] = Field(default=NOTE, alias="predicateType")
 
 
 def ledger_subject(root: bytes) -> Subject:
