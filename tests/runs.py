@@ -88,7 +88,7 @@ def enter(
     facts = {
         "rows": PROMPTS,
         "manifests": {name: manifest(root / name) for name in writes if (root / name).is_dir()},
-        **(more or {}),
+        **(more or (_seal(root) if stage == "seal" else {})),
     }
     ledger.append(
         stage=stage,
@@ -169,7 +169,7 @@ def _examples(root: Path, records: Records) -> None:
     write_examples(root / "examples", made)
 
 
-def _seal(root: Path, _: Records) -> object:
+def _seal(root: Path, _: Records | None = None) -> dict[str, JsonValue]:
     """What was recorded may be at odds with itself; the leaves are then empty."""
     try:
         return seal(RECIPE, RunDir(root))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def shown_commands() -> list[str]:
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        blocks = "\n".join(body for language, body in _BLOCK.findall(text) if language in ("", "sh", "text"))
+        blocks = "\n".join(body for language, body in _BLOCK.findall(text) if language in ("", "sh", "bash", "text"))
         inline = "\n".join(f"`{span}`" for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", _BLOCK.sub("", text)))
         found += [match.strip() for match in _COMMAND.findall(blocks + "\n" + inline)]
     return sorted({c for c in found if c.split()[0] in {n.name for n in app.registered_commands} | GROUPS | BUILT_IN})
@@ -45,6 +46,14 @@ def finished(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     (base / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     result = CliRunner().invoke(app, ["run", str(base / "recipe.yaml"), "--out", str(base / "run")])
     assert result.exit_code == 0, result.output
+    for words in (
+        ["disclose", "RUN", "--row", "0", "--field", "terms", "--out", "proof"],
+        ["salts", "RUN", "--out", "key"],
+    ):
+        words = [
+            str({"RUN": base / "run", "proof": base / "proof", "key": base / "key"}.get(word, word)) for word in words
+        ]
+        assert CliRunner().invoke(app, ["ledger", *words]).exit_code == 0
     return base
 
 
@@ -54,13 +63,19 @@ def test_the_documents_show_commands():
 
 @pytest.mark.parametrize("command", shown_commands())
 def test_a_command_of_the_documents_works(command, finished, tmp_path):
+    from limbeck.ledger.signing.checkpoints import checkpoints
     from limbeck.ledger.store import Ledger
 
     with Ledger(finished / "run" / "ledger.db", read_only=True) as ledger:
         head = ledger.head()
-    words = []
-    for word in command.split():
-        if word in ("RECIPE", "recipe.yaml", "RECIPE_OR_RUN") and not command.startswith("init"):
+        key = next(checkpoints(ledger.entries())).envelope.keyid
+    words: list[str] = []
+    for word in shlex.split(command):
+        if word == "FILE":
+            word = str({"--out": tmp_path / "new", "--salts": finished / "key"}.get(words[-1], finished / "proof"))
+        elif word == "KEY":
+            word = key
+        elif word in ("RECIPE", "recipe.yaml", "RECIPE_OR_RUN") and not command.startswith("init"):
             word = str(finished / "recipe.yaml")
         elif word in ("RUN", "runs/mine", "runs/quickstart"):
             word = str(finished / "run")

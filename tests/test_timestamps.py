@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import runs
 import stamping
+from command import call
 
 from limbeck.errors import InputError
 from limbeck.ledger import verify
@@ -99,3 +101,24 @@ def test_what_is_no_time_stamp_is_refused(copy, tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     with Ledger(copy / "ledger.db") as ledger, pytest.raises(InputError, match="no time-stamp"):
         attach(ledger, tmp_path / "file")
+
+
+@stamping.needed
+def test_the_commands_of_the_page_anchor_a_run(copy, authority, tmp_path):
+    """Those of docs/ledger.md that need an authority."""
+    out = tmp_path / "checkpoint.json"
+    made = json.loads(call("ledger", "checkpoint", copy, "--out", out, "--json").stdout)
+    assert made["kind"] == "by-hand"
+    assert made["trust"].startswith("unanchored")
+    assert call("ledger", "checkpoint", copy, "--out", out).exit_code == 2  # never overwrites
+    response = authority.stamp(out.read_bytes())
+    unknown = json.loads(call("ledger", "checkpoint", copy, "--timestamp", response, "--json").stdout)
+    assert unknown["trust"].startswith("unanchored")
+    stamped = call("ledger", "checkpoint", copy, "--timestamp", response, "--authority", authority.root, "--json")
+    told = json.loads(stamped.stdout)
+    assert told["trust"].startswith("anchored")
+    assert told["envelope"] == made["envelope"]
+    assert "anchored: the checkpoint" in call("ledger", "verify", copy, "--authority", authority.root).stdout
+    assert call("ledger", "verify", copy, "--authority", response).exit_code == 2
+    last = json.loads(call("ledger", "checkpoint", copy, "--json").stdout)
+    assert last["entry"] == made["entry"]  # nothing new to sign

@@ -12,6 +12,12 @@ The room:
     canonical     the bytes that digests are taken of (RFC 8785)
     store         Ledger: the append-only file
     code          which code ran
+    layout        the tables of that file
+    sealing       the stage that makes a leaf of every example
+    merkle/       the tree, its leaves, and their salts
+    signing/      keys, envelopes, checkpoints, notes, time-stamps
+    proofs/       what is handed to strangers
+    commitments   the checks of tree and leaves
     verification  verify, and the Verification it ends in
     staleness     which stages rest on what has been made anew since
     parents       the checks that follow each record to its parents
