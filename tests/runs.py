@@ -17,7 +17,6 @@ from pydantic import JsonValue
 
 from limbeck.collect.journal import Journal
 from limbeck.collect.teachers import Answer, Request
-from limbeck.errors import StaleError
 from limbeck.ledger.canonical import canonical, digest_bytes, digest_path, manifest
 from limbeck.ledger.layout import SCHEMA
 from limbeck.ledger.sealing import leaf_hashes, seal
@@ -42,6 +41,10 @@ RECIPE = Recipe.model_validate(
         "student": {"kind": "pruned", "layers": 2},
     }
 )
+
+
+NOTHING_SEALED: dict[str, JsonValue] = {"leaves": {"version": 1, "count": 0, "nonce": "00" * 32, "salts": OUTSIDE}}
+"""What an entry of the stage seal says where no example was sealed."""
 
 
 class Records(NamedTuple):
@@ -88,7 +91,7 @@ def enter(
     facts = {
         "rows": PROMPTS,
         "manifests": {name: manifest(root / name) for name in writes if (root / name).is_dir()},
-        **(more or (_seal(root) if stage == "seal" else {})),
+        **(more or (NOTHING_SEALED if stage == "seal" else {})),
     }
     ledger.append(
         stage=stage,
@@ -97,7 +100,7 @@ def enter(
         outputs=outputs,
         recipe=RECIPE.digest,
         facts=facts,
-        leaves=leaf_hashes(root, facts),
+        leaves=leaf_hashes(root, more or {}),
     )
 
 
@@ -169,15 +172,6 @@ def _examples(root: Path, records: Records) -> None:
     write_examples(root / "examples", made)
 
 
-def _seal(root: Path, _: Records | None = None) -> dict[str, JsonValue]:
-    """What was recorded may be at odds with itself; the leaves are then empty."""
-    try:
-        return seal(RECIPE, RunDir(root))
-    except StaleError:
-        (root / "leaves.parquet").write_bytes(b"")
-        return {"leaves": {"version": 1, "count": 0, "nonce": "00" * 32, "salts": OUTSIDE}}
-
-
 def _folder(name: str) -> Callable[[Path, Records], None]:
     def write(root: Path, _: Records) -> None:
         (root / name / "deep").mkdir(parents=True)
@@ -222,7 +216,7 @@ _WRITERS: dict[str, Callable[[Path, Records], object]] = {
     "collect": lambda root, r: write_records(root / "completions.parquet", r.completions, Completion),
     "curate": lambda root, r: write_records(root / "verdicts.parquet", r.verdicts, Verdict),
     "render": _examples,
-    "seal": _seal,
+    "seal": lambda root, _: seal(RECIPE, RunDir(root)),
     "annotate": _folder("signals"),
     "student": _folder("beginning"),
     "train": _train,
