@@ -25,6 +25,9 @@ from limbeck.rundir import atomic
 
 R = TypeVar("R")
 
+_ROWS = 2048
+"""Rows that are Python objects at a time while a table is read."""
+
 _SCALARS: dict[type, pa.DataType] = {
     str: pa.string(),
     bool: pa.bool_(),
@@ -79,14 +82,14 @@ def write_records(path: str | os.PathLike[str], records: Iterable[R], record: ty
 
 
 def read_records(path: str | os.PathLike[str], record: type[R]) -> Iterator[R]:
-    """Read records back, a row group at a time, so that memory does not grow with the file."""
+    """Read records back, a few at a time, so that memory does not grow with the file."""
     columns, adapter = _columns(record), TypeAdapter(record)
-    is_tuple = issubclass(record, tuple)
+    is_tuple, texts = issubclass(record, tuple), [name for name, (_, as_json) in columns.items() if as_json]
     with pq.ParquetFile(Path(path)) as file:
-        for batch in file.iter_batches():
+        for batch in file.iter_batches(batch_size=_ROWS):
             for row in batch.to_pylist():
-                for name, (_, as_json) in columns.items():
-                    if as_json and row[name] is not None:
+                for name in texts:
+                    if row[name] is not None:
                         row[name] = json.loads(row[name])
                 yield record(**row) if is_tuple else adapter.validate_python(row)
 

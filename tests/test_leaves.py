@@ -9,12 +9,14 @@ import sqlite3
 from contextlib import closing
 
 import pytest
+import rfc8785
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from limbeck.ledger.layout import TREE
 from limbeck.ledger.merkle.fields import (
     FIELDS,
+    Encoder,
     Leaf,
     Share,
     commit,
@@ -186,3 +188,16 @@ def test_damage_to_the_stored_tree_is_found(statement, where):
             db.execute(f"DROP TRIGGER {name}")
         db.execute(statement)
         assert [where in p.where for p in tree.problems()][:1] == [True]
+
+
+@given(teacher=st.text(st.characters(exclude_categories=("Cs",))), tokens=st.integers(0, 2**53 - 1))
+def test_a_leafs_bytes_are_canonical_json(teacher, tokens):
+    leaf = LEAF._replace(share=Share.model_validate({"class": teacher, "split": "train", "tokens": tokens}))
+    encoder = Encoder()
+    for _ in range(2):  # the second time from memory
+        told = encoder.encode(leaf)
+        assert told.fields == tuple(map(rfc8785.dumps, leaf.fields))
+        assert told.share == rfc8785.dumps(leaf.share.value())
+        assert told.text().encode() == rfc8785.dumps(leaf.values)
+    other = leaf._replace(fields=tuple({"x": i} for i in range(16)))
+    assert encoder.encode(other).fields == tuple(map(rfc8785.dumps, other.fields))

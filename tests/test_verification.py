@@ -353,3 +353,16 @@ def test_unreadable_records_are_a_difference_and_end_no_other_check(copy, name):
     found = verify(copy).differences
     assert any("cannot be read" in p.found or "another shape" in p.found for p in found)
     assert any(p.where == "report.html" for p in found)
+
+
+@pytest.mark.parametrize("places", [(0, 0), (0, 3)])
+def test_an_answer_that_comes_twice_is_found_wherever_it_stands(tmp_path, places):
+    first, second = places
+
+    def change(records: runs.Records) -> runs.Records:
+        c, v = list(records.completions), list(records.verdicts)
+        c.insert(second + 1, c[first])
+        v.insert(second + 1, v[first])
+        return records._replace(completions=c, verdicts=v)
+
+    assert f"completions.parquet: row {second + 1}" in forged(tmp_path, change)

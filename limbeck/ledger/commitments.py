@@ -14,14 +14,18 @@ import yaml
 
 from limbeck.errors import LimbeckError, Problem
 from limbeck.ledger.canonical import canonical
-from limbeck.ledger.merkle.fields import Leaf, commit, encode, entry_hash
+from limbeck.ledger.merkle.fields import Encoder, Leaf, commit, encode, entry_hash
 from limbeck.ledger.merkle.order import LeafSet, leaf_sets
 from limbeck.ledger.merkle.salts import Salts
+from limbeck.ledger.merkle.stored import WIDTH
 from limbeck.ledger.merkle.tree import Hash
 from limbeck.ledger.store import Ledger, Row
 from limbeck.records import Entry
 
 _CHANGED = "somebody changed the ledger after it was written; compare with a copy kept elsewhere"
+_PART = 4096
+"""Leaf hashes that are Python objects at a time."""
+
 _REMEDY = "put back the files as the run wrote them, or run the same recipe again"
 
 
@@ -34,8 +38,8 @@ class Tree:
     size: int = 0
     roots: dict[int, Hash] = field(default_factory=dict)
     """Roots over the first so many leaves, where an entry begins; none where the tree itself is broken."""
-    latest: list[Hash] = field(default_factory=list)
-    """The example leaves of the latest set."""
+    latest: bytes = b""
+    """The example leaves of the latest set, one hash after the other: as a list they take twice the room."""
 
 
 def check_tree(ledger: Ledger, rows: Sequence[Row], entries: Sequence[Entry]) -> Tree:
@@ -65,7 +69,9 @@ def check_tree(ledger: Ledger, rows: Sequence[Row], entries: Sequence[Entry]) ->
         place += counts.get(entry.index, 0) + 1
     if known.sets:
         last = known.sets[-1]
-        known.latest = ledger.tree.leaves(last.first, last.first + last.fact.count)
+        end = last.first + last.fact.count
+        parts = (ledger.tree.leaves(a, min(a + _PART, end)) for a in range(last.first, end, _PART))
+        known.latest = b"".join(b"".join(part) for part in parts)
     return known
 
 
@@ -98,7 +104,7 @@ def leaf_differences(
         return [Problem("the salts' key", "another set's", due, "ask for the key of this run")], notes
     if salts is None:
         notes.append(
-            f"the salts of {len(known.latest)} examples are not known here: that their leaves are made of what "
+            f"the salts of {known.sets[-1].fact.count} examples are not known here: that their leaves are made of what "
             f"{LEAVES} says was not checked; who sealed them has the secret, and can hand over this run's key"
         )
     try:
@@ -115,8 +121,10 @@ def _leaves(
 ) -> Iterator[Problem]:
     from limbeck.ledger.sealing import LEAVES, parse_row, read_rows
 
+    encoder = Encoder()
     again = _from_records(root, present, notes)
-    for place, (row, due, leaf) in enumerate(zip_longest(read_rows(root), known.latest, again or ())):
+    hashes = (known.latest[i : i + WIDTH] for i in range(0, len(known.latest), WIDTH))
+    for place, (row, due, leaf) in enumerate(zip_longest(read_rows(root), hashes, again or ())):
         where = f"{LEAVES}: row {place}"
         if row is None or due is None:
             found, expected = ("no row", "a row") if row is None else ("a row", "no more leaves in the ledger's tree")
@@ -124,7 +132,7 @@ def _leaves(
             continue
         if row.leaf != due:
             yield Problem(f"{where}: leaf", row.leaf.hex(), f"{due.hex()}, as the ledger's tree", _REMEDY)
-        told = encode(leaf) if leaf else None
+        told = encoder.encode(leaf) if leaf else None
         if told is None or told.text() != row.fields or told.share.decode() != row.share:
             said = parse_row(row)
             told = encode(said)

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Self
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
@@ -27,7 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 from limbeck.errors import LimbeckError, Problem
 from limbeck.ledger.canonical import digest_bytes, digest_json
 from limbeck.ledger.raw_answers import RawAnswers
-from limbeck.records import Completion, Prompt, Score, Verdict
+from limbeck.records import Completion, Prompt, Score, Split, Verdict
 from limbeck.rundir import RunDir
 from limbeck.tables import read_records
 
@@ -37,22 +37,46 @@ _UNREADABLE = (pa.ArrowException, sqlite3.DatabaseError, OSError, ValueError, Ke
 _REMEDY = "put back the files as the run wrote them, or run the same recipe again"
 
 
-class _Answer(NamedTuple):
-    """What the records after a completion are held against."""
+@dataclass
+class _Answers:
+    """What the records after the completions are held against, in a hundred bytes an answer: a million fit."""
 
-    prompt_id: str
-    teacher: str
-    split: str
+    places: dict[bytes, int] = field(default_factory=dict)
+    """Place of each completion, by its id, in their order."""
+    prompts: array[int] = field(default_factory=lambda: array("q"))
+    """Place of the prompt that each answers; -1 where there is none."""
+    kinds: array[int] = field(default_factory=lambda: array("L"))
+    """Teacher and split of each, as a place in `known_kinds`."""
+    known_kinds: dict[tuple[str, str], int] = field(default_factory=dict)
+    kept: bytearray | None = None
+    """Whether each has a verdict to keep it."""
+
+    def add(self, completion: Completion, prompt: int) -> None:
+        kind = (completion.teacher, completion.split.value)
+        self.places[_raw(completion.id)] = len(self.prompts)
+        self.prompts.append(prompt)
+        self.kinds.append(self.known_kinds.setdefault(kind, len(self.known_kinds)))
 
 
 @dataclass
 class _Known:
     """What has been read so far; None where the file is missing or cannot be read."""
 
-    prompts: dict[str, Prompt] | None = None
-    answers: dict[str, _Answer] | None = None
-    kept: set[str] | None = None
+    prompts: dict[bytes, int] | None = None
+    """Place of each prompt, by its id."""
+    held_out: bytearray = field(default_factory=bytearray)
+    """Whether the prompt at each place is held out."""
+    answers: _Answers | None = None
     notes: list[str] = field(default_factory=list)
+
+
+def _raw(digest: str) -> bytes:
+    """The bytes of a tagged digest, a third of its text. What is none keeps its text, which equals no digest."""
+    try:
+        found = bytes.fromhex(digest.removeprefix("sha256:"))
+    except ValueError:
+        found = b""
+    return found if len(found) == 32 else digest.encode("utf-8", "surrogateescape")
 
 
 def record_differences(root: Path, present: frozenset[str]) -> tuple[list[Problem], list[str]]:
@@ -80,62 +104,130 @@ def _guarded(name: str, check: Callable[[], list[Problem]]) -> list[Problem]:
 
 
 def _prompts(root: Path, known: _Known, _: frozenset[str]) -> Iterator[Problem]:
-    seen: dict[str, Prompt] = {}
+    places: dict[bytes, int] = {}
     for row, prompt in enumerate(read_records(root / "prompts.parquet", Prompt)):
-        where = f"prompts.parquet: row {row}"
+        where, key = f"prompts.parquet: row {row}", _raw(prompt.id)
         if (due := Prompt.id_of(prompt.messages)) != prompt.id:
             yield Problem(f"{where}: id", prompt.id, f"{due}, the digest of its messages", _REMEDY)
-        if prompt.id in seen:
+        if key in places:
             yield Problem(f"{where}: id", f"{prompt.id} a second time", "each prompt once", _REMEDY)
-        seen[prompt.id] = prompt
-    known.prompts = seen
+        places[key] = row
+        known.held_out.append(prompt.split == Split.HELD_OUT)
+    known.prompts = places
 
 
 def _completions(root: Path, known: _Known, present: frozenset[str]) -> Iterator[Problem]:
-    answers: dict[str, _Answer] = {}
-    keys: Counter[tuple[str, int, str]] = Counter()
+    """Every completion against its prompt, the recipe's terms, and the raw answer that it was read from."""
+    answers, twice = _Answers(), _Twice(len(known.held_out))
     terms = _terms(root, known) if "recipe.yaml" in present else None
-    for row, completion in enumerate(read_records(root / "completions.parquet", Completion)):
-        where = f"completions.parquet: row {row}"
-        key = (completion.prompt_id, completion.sample, completion.teacher)
-        keys[key] += 1
-        if keys[key] > 1:
-            yield Problem(where, f"{key} a second time", "one answer a prompt, sample and teacher", _REMEDY)
-        yield from _against_prompt(where, completion, known.prompts)
-        if terms is not None and terms.get(completion.teacher) != completion.terms:
-            due = terms.get(completion.teacher, f"a teacher of the recipe: {', '.join(sorted(terms))}")
-            yield Problem(f"{where}: terms of {completion.teacher}", completion.terms, due, _REMEDY)
-        answers[completion.id] = _Answer(completion.prompt_id, completion.teacher, completion.split)
-    known.answers = answers
-
-
-def _journal(root: Path, known: _Known, present: frozenset[str]) -> Iterator[Problem]:
-    """Every completion against the raw answer that it was read from."""
-    if "completions.parquet" not in present:
-        return
-    with RawAnswers(root / "journal.db") as raw:
+    with _Journal(root, present) as journal:
         for row, completion in enumerate(read_records(root / "completions.parquet", Completion)):
-            yield from raw.differences(f"completions.parquet: row {row}", completion)
-        if raw.unread:
-            known.notes.append(f"raw answers of a form that only their digest was compared of: {raw.unread}")
+            where = f"completions.parquet: row {row}"
+            place = known.prompts.get(_raw(completion.prompt_id), -1) if known.prompts is not None else -1
+            if twice.seen(completion, place):
+                yield _second(where, completion)
+            yield from _against_prompt(where, completion, known, place)
+            if terms is not None and terms.get(completion.teacher) != completion.terms:
+                due = terms.get(completion.teacher, f"a teacher of the recipe: {', '.join(sorted(terms))}")
+                yield Problem(f"{where}: terms of {completion.teacher}", completion.terms, due, _REMEDY)
+            yield from journal.differences(where, completion)
+            answers.add(completion, place)
+        known.answers = answers
+        if twice.scattered:
+            yield from _scattered(root / "completions.parquet")
+        if journal.unread:
+            known.notes.append(f"raw answers of a form that only their digest was compared of: {journal.unread}")
 
 
-def _against_prompt(where: str, completion: Completion, prompts: dict[str, Prompt] | None) -> Iterator[Problem]:
-    if prompts is None:
+class _Twice:
+    """Tells whether a prompt, sample and teacher came before. Answers of one prompt stand together, so that only those of
+    the prompt at hand need be remembered; a prompt that comes back is told, and all keys are then read once more.
+    """
+
+    def __init__(self, prompts: int):
+        self._opened = bytearray(prompts)
+        self._prompt = ""
+        self._keys: set[tuple[int, str]] = set()
+        self.scattered = False
+
+    def seen(self, completion: Completion, place: int) -> bool:
+        if completion.prompt_id != self._prompt:
+            self._prompt, self._keys = completion.prompt_id, set()
+            if place >= 0:
+                self.scattered |= bool(self._opened[place])
+                self._opened[place] = 1
+        key = (completion.sample, completion.teacher)
+        known = key in self._keys
+        self._keys.add(key)
+        return known
+
+
+def _scattered(path: Path) -> Iterator[Problem]:
+    keys: set[tuple[str, int, str]] = set()
+    for row, completion in enumerate(read_records(path, Completion)):
+        key = (completion.prompt_id, completion.sample, completion.teacher)
+        if key in keys:
+            yield _second(f"completions.parquet: row {row}", completion)
+        keys.add(key)
+
+
+def _second(where: str, completion: Completion) -> Problem:
+    key = (completion.prompt_id, completion.sample, completion.teacher)
+    return Problem(where, f"{key} a second time", "one answer a prompt, sample and teacher", _REMEDY)
+
+
+class _Journal:
+    """The journal beside the completions. That it is missing or damaged is one difference, and ends no other check."""
+
+    def __init__(self, root: Path, present: frozenset[str]):
+        self._path = root / "journal.db" if "journal.db" in present else None
+        self._raw: RawAnswers | None = None
+        self._problem: list[Problem] = []
+
+    def __enter__(self) -> Self:
+        if self._path is not None:
+            self._problem = _guarded("journal.db", self._open)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._raw is not None:
+            self._raw.__exit__()
+
+    def _open(self) -> list[Problem]:
+        if self._path is not None:
+            self._raw = RawAnswers(self._path)
+        return []
+
+    @property
+    def unread(self) -> int:
+        """Answers of a form that this version cannot read."""
+        return self._raw.unread if self._raw else 0
+
+    def differences(self, where: str, completion: Completion) -> list[Problem]:
+        """How a completion differs from its raw answer; once, why the journal cannot be read."""
+        if self._raw is not None:
+            try:
+                return self._raw.differences(where, completion)
+            except sqlite3.DatabaseError as error:
+                self._raw.__exit__()
+                self._raw = None
+                found = f"cannot be read: {type(error).__name__}: {error}"
+                return [Problem("journal.db", found, "the records of its stage", _REMEDY)]
+        told, self._problem = self._problem, []
+        return told
+
+
+def _against_prompt(where: str, completion: Completion, known: _Known, place: int) -> Iterator[Problem]:
+    if known.prompts is None:
         return
-    prompt = prompts.get(completion.prompt_id)
-    if prompt is None:
+    if place < 0:
         yield Problem(f"{where}: prompt_id", completion.prompt_id, "a prompt of prompts.parquet", _REMEDY)
         return
-    if completion.messages != prompt.messages:
-        yield Problem(
-            f"{where}: messages",
-            Prompt.id_of(completion.messages),
-            f"those of its prompt, {prompt.id}",
-            _REMEDY,
-        )
-    if completion.split != prompt.split:
-        yield Problem(f"{where}: split", completion.split, f"{prompt.split}, as its prompt", _REMEDY)
+    if (found := Prompt.id_of(completion.messages)) != completion.prompt_id:
+        yield Problem(f"{where}: messages", found, f"those of its prompt, {completion.prompt_id}", _REMEDY)
+    split = Split.HELD_OUT if known.held_out[place] else Split.TRAIN
+    if completion.split != split:
+        yield Problem(f"{where}: split", completion.split, f"{split}, as its prompt", _REMEDY)
 
 
 def _terms(root: Path, known: _Known) -> dict[str, str] | None:
@@ -148,38 +240,65 @@ def _terms(root: Path, known: _Known) -> dict[str, str] | None:
 
 
 def _verdicts(root: Path, known: _Known, _: frozenset[str]) -> Iterator[Problem]:
-    kept: set[str] = set()
-    due = iter(known.answers) if known.answers is not None else None
+    answers = known.answers
+    kept = bytearray(len(answers.prompts) if answers else 0)
+    due = iter(answers.places) if answers else None
     verdicts = read_records(root / "verdicts.parquet", Verdict)
     for row, (verdict, answer) in enumerate(zip_longest(verdicts, due) if due else ((v, None) for v in verdicts)):
         where = f"verdicts.parquet: row {row}"
-        if verdict is None or (due is not None and verdict.completion != answer):
+        if verdict is None or (due is not None and _raw(verdict.completion) != answer):
             found = verdict.completion if verdict else "no verdict"
-            yield Problem(where, found, f"{answer or 'nothing more'}, as completions.parquet", _REMEDY)
+            expected = f"sha256:{answer.hex()}" if answer else "nothing more"
+            yield Problem(where, found, f"{expected}, as completions.parquet", _REMEDY)
         if verdict is None:
             continue
         if verdict.keep == bool(verdict.filter):
             yield Problem(f"{where}: filter", repr(verdict.filter), "a filter if dropped, none if kept", _REMEDY)
-        if verdict.keep:
-            kept.add(verdict.completion)
-    known.kept = kept
+        place = answers.places.get(_raw(verdict.completion)) if answers else None
+        if verdict.keep and place is not None:
+            kept[place] = 1
+    if answers:
+        answers.kept = kept
+
+
+class _ExampleRow(NamedTuple):
+    """One row of RUN/examples, its lists as bytes."""
+
+    id: str
+    prompt_id: str
+    completion: str
+    teacher: str
+    split: str
+    tokens: bytes
+    mask: bytes
 
 
 def _examples(root: Path, known: _Known, _: frozenset[str]) -> Iterator[Problem]:
     counts: dict[str, Counter[str]] = {}
+    answers = known.answers
+    kinds = list(answers.known_kinds) if answers else []
     for place, row in enumerate(_example_rows(root / "examples" / "examples.parquet")):
         where = f"examples: row {place}"
-        tokens, mask = np.asarray(row["tokens"], "<i4"), np.asarray(row["mask"], bool)
-        due = digest_json([row["completion"], digest_bytes(tokens.tobytes()), digest_bytes(mask.tobytes())])
-        if due != row["id"]:
-            yield Problem(f"{where}: id", row["id"], f"{due}, the digest of its parent, tokens and mask", _REMEDY)
-        if known.kept is not None and row["completion"] not in known.kept:
-            yield Problem(f"{where}: parent", row["completion"], "a completion with a verdict to keep it", _REMEDY)
-        parent = known.answers.get(row["completion"]) if known.answers is not None else None
-        for name in _Answer._fields if parent else ():
-            if row[name] != getattr(parent, name):
-                yield Problem(f"{where}: {name}", row[name], f"{getattr(parent, name)}, as its completion", _REMEDY)
-        counts.setdefault(row["split"], Counter()).update(examples=1, tokens=len(tokens), supervised=int(mask.sum()))
+        due = digest_json([row.completion, digest_bytes(row.tokens), digest_bytes(row.mask)])
+        if due != row.id:
+            yield Problem(f"{where}: id", row.id, f"{due}, the digest of its parent, tokens and mask", _REMEDY)
+        parent = answers.places.get(_raw(row.completion)) if answers else None
+        if answers and answers.kept is not None and not (parent is not None and answers.kept[parent]):
+            yield Problem(f"{where}: parent", row.completion, "a completion with a verdict to keep it", _REMEDY)
+        if answers and parent is not None:
+            teacher, split = kinds[answers.kinds[parent]]
+            prompt = (
+                known.prompts.get(_raw(row.prompt_id), -2) if known.prompts is not None else answers.prompts[parent]
+            )
+            if prompt != answers.prompts[parent]:
+                yield Problem(f"{where}: prompt_id", row.prompt_id, "that of its completion", _REMEDY)
+            for name, found, expected in (("teacher", row.teacher, teacher), ("split", row.split, split)):
+                if found != expected:
+                    yield Problem(f"{where}: {name}", found, f"{expected}, as its completion", _REMEDY)
+        told = counts.setdefault(row.split, Counter())
+        told["examples"] += 1
+        told["tokens"] += len(row.mask)
+        told["supervised"] += sum(row.mask)
     manifest = json.loads((root / "examples" / "manifest.json").read_text(encoding="utf-8"))
     for split, said in manifest["counts"].items():
         found = dict(counts.get(split, Counter(examples=0, tokens=0, supervised=0)))
@@ -187,11 +306,22 @@ def _examples(root: Path, known: _Known, _: frozenset[str]) -> Iterator[Problem]
             yield Problem(f"examples: split {split}", str(found), f"{said}, as its manifest", _REMEDY)
 
 
-def _example_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _example_rows(path: Path) -> Iterator[_ExampleRow]:
     """Read here and not by `limbeck.render`, so that the two must agree."""
+    names = ("id", "prompt_id", "completion", "teacher", "split")
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
+            columns = [batch.column(name).to_pylist() for name in names]
+            lists = [_as_bytes(batch.column(name), kind) for name, kind in (("tokens", "<i4"), ("mask", "?"))]
+            yield from map(_ExampleRow, *columns, *lists)
+
+
+def _as_bytes(column: pa.ListArray, kind: str) -> Iterator[bytes]:
+    """Each list of a column as the bytes of an array. No list is made of Python's numbers: rows have hundreds."""
+    if column.null_count or column.values.null_count:
+        raise ValueError("a list, or something in it, that is missing")
+    values = column.values.to_numpy(zero_copy_only=False).astype(kind)
+    return (values[a:b].tobytes() for a, b in pairwise(column.offsets.to_pylist()))
 
 
 def _scores(root: Path, _: _Known, __: frozenset[str]) -> Iterator[Problem]:
@@ -211,7 +341,6 @@ _CHECKS: dict[str, Callable[[Path, _Known, frozenset[str]], Iterator[Problem]]] 
     "completions.parquet": _completions,
     "verdicts.parquet": _verdicts,
     "examples": _examples,
-    "journal.db": _journal,
     "scores.json": _scores,
 }
 """In the order in which a check needs what an earlier one read."""

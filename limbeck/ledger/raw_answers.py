@@ -105,7 +105,7 @@ class RawAnswers:
             return []
         messages = [message.model_dump(mode="json") for message in completion.messages]
         return [
-            ("messages asked", digest_json(asked.get("messages")), digest_json(messages)),
+            ("messages asked", asked.get("messages"), messages),
             *((f"{name} asked", asked.get(name), getattr(completion, name)) for name in _ASKED),
             *((f"{name} answered", said.get(name), getattr(completion, name)) for name in _SAID),
         ]

@@ -19,7 +19,7 @@ from pydantic import JsonValue
 
 from limbeck.errors import InputError, Problem, StaleError
 from limbeck.ledger.canonical import digest_json, iso
-from limbeck.ledger.merkle.fields import FIELDS, NOT_ASKED, Leaf, Share, commit, encode
+from limbeck.ledger.merkle.fields import FIELDS, NOT_ASKED, Encoder, Leaf, Share, commit
 from limbeck.ledger.merkle.order import LeafSet, LeavesFact
 from limbeck.ledger.merkle.salts import Salts
 from limbeck.ledger.merkle.tree import Hash
@@ -51,7 +51,7 @@ def seal(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
         InputError: the secret cannot be used.
     """
     nonce = secrets.token_bytes(32)
-    salts = Salts.of(keys.secret(), nonce)
+    salts, encoder = Salts.of(keys.secret(), nonce), Encoder()
     count, chunk = 0, list[Row]()
     with (
         run.progress.line("seal", None, "examples") as line,
@@ -59,7 +59,7 @@ def seal(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
         pq.ParquetWriter(half, _SCHEMA, compression="zstd") as writer,
     ):
         for count, leaf in enumerate(leaves(recipe, run.root), 1):
-            told = encode(leaf)
+            told = encoder.encode(leaf)
             chunk.append(Row(told.text(), told.share.decode(), commit(salts, count - 1, told).hash))
             line.advance()
             if len(chunk) == _ROWS:
@@ -168,6 +168,7 @@ def leaves(recipe: Recipe, run: Path) -> Iterator[Leaf]:
         name: writer for name, writer in _columns(run / "prompts.parquet", ("id", "writer")) if writer is not None
     }
     samplings: dict[int, JsonValue] = {}
+    told_writers: dict[tuple[str, str | None], JsonValue] = {}
     answers = _answers(run)
     for place, example in enumerate(_examples(run / "examples" / "examples.parquet")):
         completion = next((found for name, found in answers if name == example.completion), None)
@@ -175,6 +176,7 @@ def leaves(recipe: Recipe, run: Path) -> Iterator[Leaf]:
             where, found = f"examples: row {place}: parent", example.completion
             expected = "a completion of completions.parquet, in their order"
             raise StaleError("examples without their completions", [Problem(where, found, expected, _REMEDY)])
+        prompt_writer = writers.get(completion.prompt_id)
         sampling = samplings.setdefault(completion.sample, _sampling(recipe, completion.sample))
         yield Leaf(
             (
@@ -193,7 +195,7 @@ def leaves(recipe: Recipe, run: Path) -> Iterator[Leaf]:
                 completion.teacher,
                 completion.terms,
                 completion.weights,
-                _writers(completion, writers.get(completion.prompt_id)),
+                told_writers.setdefault((completion.model, prompt_writer), _writers(completion.model, prompt_writer)),
             ),
             Share.model_validate({"class": example.teacher, "split": example.split, "tokens": example.tokens}),
         )
@@ -215,8 +217,8 @@ def _sampling(recipe: Recipe, sample: int) -> JsonValue:
     }
 
 
-def _writers(completion: _Answer, prompt_writer: str | None) -> JsonValue:
-    found: list[JsonValue] = [["answer", completion.model]]
+def _writers(model: str, prompt_writer: str | None) -> JsonValue:
+    found: list[JsonValue] = [["answer", model]]
     return found if prompt_writer is None else [*found, ["prompt", prompt_writer]]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from limbeck.ledger.canonical import canonical
-from limbeck.ledger.merkle.fields import SHARE, commit, encode, example_hash, field_digest
+from limbeck.ledger.merkle.fields import SHARE, commit, encode, example_hash, field_digest, share_bytes
 from limbeck.ledger.merkle.salts import SALT
 from limbeck.ledger.merkle.stored import WIDTH
 from limbeck.ledger.merkle.tree import Hash, root
@@ -126,9 +126,7 @@ def check_share(document: ShareDocument) -> CheckedShare:
 def _share_digests(classes: Sequence[str], rows: ShareRows, salts: Sequence[bytes]) -> Iterator[Hash]:
     names = [canonical(name) for name in classes]
     for place, split, tokens, salt in zip(rows.class_, rows.split, rows.tokens, salts, strict=True):
-        # The canonical bytes of {"class", "split", "tokens"}: these names are sorted, and only a class needs escapes.
-        data = b'{"class":%b,"split":"%b","tokens":%d}' % (names[place], SPLITS[split].encode(), tokens)
-        yield field_digest(SHARE, salt, data)
+        yield field_digest(SHARE, salt, share_bytes(names[place], SPLITS[split], tokens))
 
 
 def _texts(hashes: Sequence[Hash]) -> list[str]:
