@@ -26,7 +26,9 @@ from limbeck.rundir import atomic
 R = TypeVar("R")
 
 _ROWS = 2048
-"""Rows that are Python objects at a time while a table is read."""
+"""Rows that are Python objects at a time while a table is read. Reading ahead (`pre_buffer`) is off as well: it keeps
+what was read of all row groups until the end.
+"""
 
 _SCALARS: dict[type, pa.DataType] = {
     str: pa.string(),
@@ -85,7 +87,7 @@ def read_records(path: str | os.PathLike[str], record: type[R]) -> Iterator[R]:
     """Read records back, a few at a time, so that memory does not grow with the file."""
     columns, adapter = _columns(record), TypeAdapter(record)
     is_tuple, texts = issubclass(record, tuple), [name for name, (_, as_json) in columns.items() if as_json]
-    with pq.ParquetFile(Path(path)) as file:
+    with pq.ParquetFile(Path(path), pre_buffer=False) as file:
         for batch in file.iter_batches(batch_size=_ROWS):
             for row in batch.to_pylist():
                 for name in texts:

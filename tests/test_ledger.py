@@ -252,3 +252,40 @@ def test_a_damaged_page_is_told_and_not_a_traceback(tmp_path):
     path.write_bytes(data)
     with pytest.raises((VerificationError, RunDirError), match=r"ledger\.db"), Ledger(path, read_only=True) as ledger:
         ledger.entries()
+
+
+def test_a_ledger_of_the_first_layout_is_brought_up_to_date_when_it_is_written_to(tmp_path):
+    path = tmp_path / "ledger.db"
+    with Ledger(path) as ledger:
+        first, _ = append(ledger), append(ledger, "curate")
+        root = ledger.tree.root()
+    with closing(sqlite3.connect(path)) as db:
+        for table in ("hashes", "subtrees"):
+            db.execute(f"DROP TABLE {table}")
+        db.execute("PRAGMA user_version = 1")
+    with pytest.raises(RunDirError, match="run the same recipe again to bring it up to date"):
+        Ledger(path, read_only=True)
+    with Ledger(path) as ledger:
+        assert ledger.entries()[0] == first
+        assert ledger.tree.root() == root
+        assert ledger.tree.problems() == ledger.schema_problems() == []
+        append(ledger)
+        assert ledger.tree.size == 3
+
+
+def test_leaves_are_taken_in_with_their_entry_or_not_at_all(tmp_path):
+    fact = {"leaves": {"version": 1, "count": 2, "nonce": "00" * 32, "salts": EMPTY}}
+    with Ledger(tmp_path / "ledger.db") as ledger:
+        values = {"started": datetime.now(UTC), "inputs": {}, "outputs": {}, "recipe": EMPTY}
+        for stage, facts, leaves in (
+            ("seal", fact, [b"1" * 32]),
+            ("seal", {}, []),
+            ("collect", fact, [b"1" * 32, b"2" * 32]),
+            ("collect", {}, [b"1" * 32]),
+        ):
+            with pytest.raises(ValueError, match="leaves|LeavesFact"):
+                ledger.append(stage=stage, facts=facts, leaves=leaves, **values)
+        assert (ledger.entries(), ledger.tree.size) == ([], 0)
+        ledger.append(stage="seal", facts=fact, leaves=[b"1" * 32, b"2" * 32], **values)
+        assert ledger.tree.size == 3
+        assert ledger.tree.leaves(0, 2) == [b"1" * 32, b"2" * 32]

@@ -140,7 +140,7 @@ def _completions(root: Path, known: _Known, present: frozenset[str]) -> Iterator
 
 
 class _Twice:
-    """Tells whether a prompt, sample and teacher came before. Answers of one prompt stand together, so that only those of
+    """Tells whether a prompt, sample and teacher came before. Answers of one prompt stand together, so only those of
     the prompt at hand need be remembered; a prompt that comes back is told, and all keys are then read once more.
     """
 
@@ -309,7 +309,7 @@ def _examples(root: Path, known: _Known, _: frozenset[str]) -> Iterator[Problem]
 def _example_rows(path: Path) -> Iterator[_ExampleRow]:
     """Read here and not by `limbeck.render`, so that the two must agree."""
     names = ("id", "prompt_id", "completion", "teacher", "split")
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, pre_buffer=False) as file:
         for batch in file.iter_batches(batch_size=1024):
             columns = [batch.column(name).to_pylist() for name in names]
             lists = [_as_bytes(batch.column(name), kind) for name, kind in (("tokens", "<i4"), ("mask", "?"))]

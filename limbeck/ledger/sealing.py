@@ -81,14 +81,14 @@ def leaf_hashes(run: Path, facts: dict[str, JsonValue]) -> list[Hash]:
 
 def read_rows(run: Path) -> Iterator[Row]:
     """RUN/leaves.parquet, row by row. Raises what readers raise for damaged bytes."""
-    with pq.ParquetFile(run / LEAVES) as file:
+    with pq.ParquetFile(run / LEAVES, pre_buffer=False) as file:
         for batch in file.iter_batches(batch_size=_ROWS, columns=_SCHEMA.names):
             yield from map(Row, *(batch.column(name).to_pylist() for name in _SCHEMA.names))
 
 
 def read_row(run: Path, row: int) -> Row | None:
     """One row, read with no more than its neighbours; None where there is no such row."""
-    with pq.ParquetFile(run / LEAVES) as file:
+    with pq.ParquetFile(run / LEAVES, pre_buffer=False) as file:
         first = 0
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
@@ -254,7 +254,7 @@ def _answers(run: Path) -> Iterator[tuple[Digest, _Answer]]:
 
 def _columns(path: Path, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """Rows of some columns. Of a table with ten columns more, and of messages in JSON, nothing is read."""
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, pre_buffer=False) as file:
         for batch in file.iter_batches(batch_size=_ROWS, columns=list(names)):
             yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
 
@@ -263,7 +263,7 @@ def _examples(path: Path) -> Iterator[_Example]:
     import numpy as np
 
     names = ("id", "completion", "split", "teacher")
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, pre_buffer=False) as file:
         for batch in file.iter_batches(batch_size=1024, columns=[*names, "mask"]):
             mask = batch.column("mask")
             total = np.concatenate([[0], np.cumsum(mask.values.to_numpy(zero_copy_only=False))])
