@@ -46,6 +46,8 @@ def finished(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     (base / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     result = CliRunner().invoke(app, ["run", str(base / "recipe.yaml"), "--out", str(base / "run")])
     assert result.exit_code == 0, result.output
+    made = CliRunner().invoke(app, ["ledger", "checkpoint", str(base / "run"), "--out", str(base / "kept")])
+    assert made.exit_code == 0, made.output
     for words in (
         ["disclose", "RUN", "--row", "0", "--field", "terms", "--out", "proof"],
         ["salts", "RUN", "--out", "key"],
@@ -73,6 +75,8 @@ def test_a_command_of_the_documents_works(command, finished, tmp_path):
     for word in shlex.split(command):
         if word == "FILE":
             word = str({"--out": tmp_path / "new", "--salts": finished / "key"}.get(words[-1], finished / "proof"))
+        elif word == "KEPT":
+            word = str(finished / "kept")
         elif word == "KEY":
             word = key
         elif word in ("RECIPE", "recipe.yaml", "RECIPE_OR_RUN") and not command.startswith("init"):

@@ -283,7 +283,7 @@ def test_leaves_are_taken_in_with_their_entry_or_not_at_all(tmp_path):
             ("collect", fact, [b"1" * 32, b"2" * 32]),
             ("collect", {}, [b"1" * 32]),
         ):
-            with pytest.raises(ValueError, match="leaves|LeavesFact"):
+            with pytest.raises(ValueError, match=r"leaves|LeavesFact"):
                 ledger.append(stage=stage, facts=facts, leaves=leaves, **values)
         assert (ledger.entries(), ledger.tree.size) == ([], 0)
         ledger.append(stage="seal", facts=fact, leaves=[b"1" * 32, b"2" * 32], **values)

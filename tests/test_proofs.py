@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from limbeck.errors import InputError, VerificationError
 from limbeck.ledger.canonical import canonical, digest_bytes
 from limbeck.ledger.merkle.fields import FIELDS
+from limbeck.ledger.proofs.consistency import check_consistency, continues
 from limbeck.ledger.proofs.disclosure import NAMES, check_disclosure, disclose
 from limbeck.ledger.proofs.documents import Disclosure, ShareDocument, SpotCheckDocument, document_bytes, read_document
 from limbeck.ledger.proofs.share import check_share, share
@@ -303,3 +304,25 @@ def test_the_commands_make_proofs_that_the_command_checks(whole, tmp_path):
     proof.write_text(said.stdout.replace(runs.TEACHER, "wheel:another==1"))
     assert call("ledger", "check", proof).exit_code == 1
     assert call("ledger", "share", whole, "--out", manifest).exit_code == 2
+
+
+def test_a_kept_checkpoint_is_continued_or_the_ledger_was_written_anew(copy, tmp_path):
+    first, last = runs.signed(copy)[0].envelope, runs.signed(copy)[-1].envelope
+    kept, proof = tmp_path / "kept", tmp_path / "proof"
+    for envelope in (first, last):
+        document = continues(copy, envelope)
+        check_consistency(document)
+        for change in ({"old": document.new, "new": document.old}, {"path": document.path + "AAAA"}, {"path": "AAAA"}):
+            if envelope is first or "path" in change:
+                with pytest.raises(ValueError, match=r"continue|path"):
+                    check_consistency(document.model_copy(update=change))
+    kept.write_bytes(first.data)
+    assert call("ledger", "consistency", copy, "--checkpoint", kept, "--out", proof).exit_code == 0
+    assert call("ledger", "check", proof).exit_code == 0
+    assert call("ledger", "consistency", copy, "--checkpoint", proof).exit_code == 2
+    other = runs.make_run(tmp_path / "other")
+    refused = call("ledger", "consistency", other, "--checkpoint", kept)
+    assert refused.exit_code == 1
+    assert "does not continue this checkpoint" in refused.stderr
+    kept.write_bytes(last.data.replace(b'"sig":"', b'"sig":"AAAA'))
+    assert call("ledger", "consistency", copy, "--checkpoint", kept).exit_code == 2

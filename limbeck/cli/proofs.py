@@ -115,8 +115,38 @@ def spot_check(
 
 
 @app.command()
+def consistency(
+    run: _RunPath,
+    kept: Annotated[Path, typer.Option("--checkpoint", metavar="FILE", help="A checkpoint that was kept elsewhere.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the proof to a file.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Prove that the run's last checkpoint continues one that somebody kept.
+
+    Nothing that the kept one covers was then changed, removed or moved. Exit code 1 where the ledger does not
+    continue it.
+    """
+    from limbeck.ledger.paths import refuse_other_than_run
+    from limbeck.ledger.proofs.consistency import check_consistency, continues
+    from limbeck.ledger.proofs.documents import document_bytes, read_checkpoint
+
+    refuse_other_than_run(run)
+    document = continues(run, read_checkpoint(kept))
+    if out is None:
+        typer.echo(document_bytes(document).decode())
+        return
+    write_new(out, document_bytes(document))
+    old, new = (statement.predicate for statement in check_consistency(document))
+    told = {"old": old.size, "new": new.size, "file": str(out)}
+    line = (
+        f"the {new.size} leaves of the last checkpoint begin with the {old.size} of the one that was kept; wrote {out}"
+    )
+    typer.echo(as_json_text(told) if as_json else printable(line))
+
+
+@app.command()
 def check(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A disclosure, a share, or a spot-check.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A disclosure, share, spot-check or consistency.")],
     share_file: _Share = None,
     key: Annotated[
         str | None, typer.Option("--key", metavar="KEY", help="The public key that has to have signed.")
@@ -153,8 +183,9 @@ def _checked(document: Document, manifest: tuple[ShareDocument, str] | None, wro
     """What a proof shows. Raises `ValueError` where it does not hold."""
     from limbeck.errors import InputError, Problem
     from limbeck.ledger.proofs.bounds import CONFIDENCE, upper_limit
+    from limbeck.ledger.proofs.consistency import check_consistency
     from limbeck.ledger.proofs.disclosure import check_disclosure
-    from limbeck.ledger.proofs.documents import Disclosure, ShareDocument
+    from limbeck.ledger.proofs.documents import ConsistencyDocument, Disclosure, ShareDocument
     from limbeck.ledger.proofs.share import check_share
     from limbeck.ledger.proofs.spot_check import check_spot_check
 
@@ -163,6 +194,10 @@ def _checked(document: Document, manifest: tuple[ShareDocument, str] | None, wro
         return _root_values(root) | {"row": document.row, "field": document.field, "value": document.value}
     if isinstance(document, ShareDocument):
         return _root_values(check_share(document).root) | {"shares": _shares(document.shares)}
+    if isinstance(document, ConsistencyDocument):
+        old, new = check_consistency(document)
+        values: dict[str, object] = {"old": old.predicate.size, "new": new.predicate.size}
+        return values | {"root": new.root.hex(), "key": document.new.keyid, "key of the older one": document.old.keyid}
     if manifest is None:
         problem = Problem("--share", "nothing", "the manifest that the rows were picked from", "give its file")
         raise InputError("a spot-check needs its share", [problem])

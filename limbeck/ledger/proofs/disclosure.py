@@ -83,7 +83,7 @@ def check_disclosure(proof: Disclosure) -> CheckedRoot:
     root = checked_root(proof.checkpoint)
     if proof.row >= root.examples.count:
         raise ValueError(f"row {proof.row} of {root.examples.count} examples")
-    salt, path = unbase64(proof.salt), _hashes(proof.path)
+    salt, path = unbase64(proof.salt), hashes_of(proof.path)
     if proof.field not in NAMES or len(salt) != SALT:
         raise ValueError(f"field {proof.field!r} with a salt of {len(salt)} bytes")
     digest = field_digest(proof.field, salt, canonical(proof.value))
@@ -101,7 +101,8 @@ def check_disclosure(proof: Disclosure) -> CheckedRoot:
     return root
 
 
-def _hashes(text: str) -> list[Hash]:
+def hashes_of(text: str) -> list[Hash]:
+    """The digests of a path. Raises `ValueError`."""
     data = unbase64(text)
     if len(data) % WIDTH:
         raise ValueError(f"a path of {len(data)} bytes, not a multiple of {WIDTH}")

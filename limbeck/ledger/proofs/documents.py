@@ -37,6 +37,11 @@ class SignedRoot(_Strict):
     sig: str
     statement: JsonValue
 
+    @classmethod
+    def of(cls, envelope: Envelope) -> SignedRoot:
+        """From an envelope. Raises `ValueError` where its payload is not canonical JSON."""
+        return cls(keyid=envelope.keyid, sig=envelope.sig, statement=envelope.statement())
+
     def envelope(self) -> Envelope:
         """As it was signed. Raises `ValueError`."""
         return enveloped(self.statement, self.keyid, self.sig)
@@ -105,9 +110,19 @@ class SpotCheckDocument(_Strict):
     rows: list[OpenedRow]
 
 
-Document = Disclosure | ShareDocument | SpotCheckDocument
+class ConsistencyDocument(_Strict):
+    """That one checkpoint continues another."""
+
+    form: Literal["limbeck-consistency/1"] = "limbeck-consistency/1"
+    old: SignedRoot
+    new: SignedRoot
+    path: str
+
+
+Document = Disclosure | ShareDocument | SpotCheckDocument | ConsistencyDocument
 _FORMS: dict[str, type[Document]] = {
-    str(kind.model_fields["form"].default): kind for kind in (Disclosure, ShareDocument, SpotCheckDocument)
+    str(kind.model_fields["form"].default): kind
+    for kind in (Disclosure, ShareDocument, SpotCheckDocument, ConsistencyDocument)
 }
 T = TypeVar("T", bound=BaseModel)
 
@@ -175,8 +190,7 @@ class Covered(NamedTuple):
 
     def as_json(self) -> SignedRoot:
         """For a document."""
-        envelope = self.made.envelope
-        return SignedRoot(keyid=envelope.keyid, sig=envelope.sig, statement=envelope.statement())
+        return SignedRoot.of(self.made.envelope)
 
 
 def covering(run: Path, entries: Sequence[Entry], *, shortest: bool = False) -> Covered:
@@ -207,13 +221,31 @@ class CheckedRoot(NamedTuple):
 
 
 def checked_root(signed: SignedRoot) -> CheckedRoot:
-    """The statement, once its signature and form are right. Raises `ValueError`."""
+    """The statement, once its signature and form are right, and its examples. Raises `ValueError`."""
+    statement = signed_statement(signed)
+    examples = statement.predicate.examples
+    if examples is None or examples.first + examples.count > statement.predicate.size:
+        raise ValueError("the checkpoint covers no examples")
+    return CheckedRoot(statement, examples, signed.keyid)
+
+
+def signed_statement(signed: SignedRoot) -> Checkpoint:
+    """The statement of a checkpoint, once its signature and form are right. Raises `ValueError`."""
     if not signed.envelope().signed():
         raise ValueError(f"the checkpoint's signature is not one by {signed.keyid}")
     statement = Checkpoint.model_validate(signed.statement)
     refuse_other_form(statement, signed.statement)
-    examples = statement.predicate.examples
-    if examples is None or examples.first + examples.count > statement.predicate.size:
-        raise ValueError("the checkpoint covers no examples")
     _ = statement.root  # raises where it is about something else
-    return CheckedRoot(statement, examples, signed.keyid)
+    return statement
+
+
+def read_checkpoint(path: Path) -> Envelope:
+    """A checkpoint that was kept in a file. Raises `InputError` where it is none, or its signature does not hold."""
+    try:
+        envelope = Envelope.model_validate_json(path.read_bytes())
+        signed_statement(SignedRoot.of(envelope))
+    except (OSError, ValueError, RecursionError) as error:
+        remedy = "give a file that `limbeck ledger checkpoint RUN --out FILE` wrote"
+        found = " ".join(str(error).split())[:300]
+        raise InputError("no checkpoint", [Problem(str(path), found, "a signed checkpoint", remedy)]) from None
+    return envelope
