@@ -161,7 +161,11 @@ def test_log_lists_entries_and_refuses_a_changed_ledger(tmp_path):
 def test_reading_commands_need_no_torch(tmp_path):
     run = runs.make_run(tmp_path / "run")
     blocked = "import sys; sys.modules.update(torch=None, transformers=None)\n" + MAIN
-    for words in (("ledger", "verify", run), ("ledger", "log", run), ("show", run), ("doctor",)):
+    proof = tmp_path / "proof"
+    commands = (("disclose", run, "--row", 0, "--field", "terms", "--out", proof), ("check", proof), ("share", run))
+    commands += (("spot-check", run, "--seed", "s"), ("note", run, "fine"), ("checkpoint", run), ("verify", run))
+    ledger = [("ledger", *words) for words in (*commands, ("log", run))]
+    for words in (*ledger, ("show", run), ("doctor",)):
         result = python(blocked, *words)
         assert result.returncode == 0, result.stderr
 

@@ -34,7 +34,8 @@ class Tree:
     """What is known of a ledger's tree once it was checked."""
 
     problems: list[Problem] = field(default_factory=list)
-    sets: tuple[LeafSet, ...] = ()
+    sets: tuple[LeafSet, ...] | None = None
+    """All sets of examples; None where damaged entries hide them, and with them the place of everything after."""
     size: int = 0
     roots: dict[int, Hash] = field(default_factory=dict)
     """Roots over the first so many leaves, where an entry begins; none where the tree itself is broken."""
@@ -45,7 +46,7 @@ class Tree:
 def check_tree(ledger: Ledger, rows: Sequence[Row], entries: Sequence[Entry]) -> Tree:
     """Hold the stored tree against the entries, and take from it what later checks need."""
     known = Tree(problems=ledger.tree.problems())
-    if known.problems or len(entries) != len(rows):
+    if len(entries) != len(rows):
         return known
     try:
         known.sets = leaf_sets(entries)
@@ -53,6 +54,7 @@ def check_tree(ledger: Ledger, rows: Sequence[Row], entries: Sequence[Entry]) ->
         known.problems.append(
             Problem("ledger.db: facts of a seal entry", _short(error), "leaves of version 1", _CHANGED)
         )
+    if known.problems or known.sets is None:
         return known
     known.size = ledger.tree.size
     due = len(entries) + sum(s.fact.count for s in known.sets)

@@ -176,7 +176,7 @@ def _entries(rows: Sequence[Row]) -> Iterator[Entry]:
 
 
 def _order(
-    root: Path, made: Sequence[Made], sets: Sequence[LeafSet], key: bytes | None, present: frozenset[str]
+    root: Path, made: Sequence[Made], sets: Sequence[LeafSet] | None, key: bytes | None, present: frozenset[str]
 ) -> list[Problem]:
     """Commitments to the data's order against the recipe, where the salts are known."""
     from limbeck.ledger.sealing import known_salts

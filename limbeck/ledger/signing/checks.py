@@ -58,20 +58,20 @@ class Signed:
 def check_signed(
     entries: Sequence[Entry],
     roots: Mapping[int, Hash],
-    sets: Sequence[LeafSet],
+    sets: Sequence[LeafSet] | None,
     against: Against,
 ) -> Signed:
     """Check every signature, what was signed, and every time-stamp. `roots` are those of the tree where an entry
-    begins; none are compared where the tree itself is broken.
+    begins; none are compared where the tree itself is broken. Where `sets` are unknown, only signatures are checked.
     """
     known = Signed()
-    for entry, size in zip(entries, _sizes(entries, sets), strict=True):
+    for entry, size in zip(entries, _sizes(entries, sets or ()), strict=True):
         where = f"ledger.db: entry {entry.index} ({entry.stage})"
         try:
             if entry.stage == checkpoints.STAGE:
                 made = checkpoints.parse_checkpoint(entry)
                 known.made.append(made)
-                known.problems += _checkpoint(where, made, entries, sets)
+                known.problems += _checkpoint(where, made, entries, sets) if sets is not None else ()
             elif entry.stage == notes.STAGE:
                 made = notes.parse_note(entry)
                 known.noted.append(made)
@@ -82,7 +82,7 @@ def check_signed(
                 continue
             known.problems += _signature(where, made.envelope, against.key)
             known.keys.add(made.envelope.keyid)
-            known.problems += _root(where, made, size, roots)
+            known.problems += _root(where, made, size, roots) if sets is not None else ()
         except (ValueError, RecursionError) as error:
             found = " ".join(str(error).split())[:300]
             known.problems.append(Problem(where, found, f"a {entry.stage} of version 1", _FORGED))
