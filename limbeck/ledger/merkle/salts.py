@@ -6,10 +6,16 @@ who is to check that set, and gives away neither the secret nor any other set's 
 
 from __future__ import annotations
 
+import functools
 import hmac
+from typing import TYPE_CHECKING
 
 from limbeck.ledger.canonical import digest_bytes
 from limbeck.records import Digest
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 SALT = 16
 """Bytes of a salt: 128 bits."""
@@ -44,7 +50,14 @@ class Salts:
 
 def expand(key: bytes, info: bytes, length: int) -> bytes:
     """HKDF-Expand with SHA-256."""
+    kind, hash_ = _hkdf()
+    return kind(hash_, length, info).derive(key)
+
+
+@functools.cache
+def _hkdf() -> tuple[type[HKDFExpand], SHA256]:
+    """Imported when first used: an import statement for each of a million rows would take a second."""
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-    return HKDFExpand(SHA256(), length, info).derive(key)
+    return HKDFExpand, SHA256()
