@@ -184,8 +184,7 @@ def _order(
     from limbeck.ledger.signing.checks import order_problems
     from limbeck.rundir import RunDir
 
-    salts = known_salts(sets[-1], key) if sets else None
-    if salts is None or "recipe.yaml" not in present:
+    if not sets or "recipe.yaml" not in present or (salts := known_salts(sets[-1], key)) is None:
         return []
     with suppress(ValueError, OSError, RecursionError, yaml.YAMLError):  # said elsewhere
         return order_problems(made, order_commitment(RunDir(root).recipe(), salts.order()), sets[-1])
