@@ -196,7 +196,9 @@ def train(
     if options.save:
         model.save_pretrained(options.save)
         models.load_tokenizer(student).save_pretrained(options.save)
-    found = figures(clock, counts, trainer.state.log_history, options.skip)
+    # A stretch of steps is timed with the writing of its answers, or not at all.
+    skip = own.every * -(-options.skip // own.every) if own else options.skip
+    found = figures(clock, counts, trainer.state.log_history, skip)
     timed = batches[steps - cast("int", found["steps_timed"]) :]
     return found | {"flops": flops(model, teacher, timed), "padding": feed.counts.padding}
 
