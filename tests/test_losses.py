@@ -122,11 +122,39 @@ def test_divergences_are_zero_at_the_teacher_positive_elsewhere_and_blind_to_a_s
     torch.testing.assert_close(DIVERGENCES[name](student + shift, teacher - shift), value, rtol=1e-8, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
-def test_gradient_by_finite_differences(name: str) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_cross_entropy_equals_the_definition(temperature: float) -> None:
+    student, ids = two()[0], [3, 0, 6, 6, 2]
+    found = losses.cross_entropy(student, torch.tensor(ids), temperature=temperature)
+    expected = [-math.log(softmax(s / temperature)[i]) for s, i in zip(student.numpy(), ids, strict=True)]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [(n, share) for n in DIVERGENCES for share in ((0.0, 0.3, 1.0) if LOSSES[n].parameter else (None,))],
+)
+def test_gradient_by_finite_differences(name: str, share: float | None) -> None:
     student, teacher = two(3, 5, 1.0)
     student.requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: DIVERGENCES[name](s, teacher, temperature=1.6), student)
+    parameter = LOSSES[name].parameter
+    given = {parameter: share} if parameter else {}
+    assert torch.autograd.gradcheck(lambda s: DIVERGENCES[name](s, teacher, temperature=1.6, **given), student)
+
+
+def test_gradients_in_closed_form() -> None:
+    # By the student's logits: (q - p) / T of forward KL, q (ln q - ln p - KL(q || p)) / T of reverse KL.
+    student, teacher = two()
+    student.requires_grad_()
+    q, p = torch.softmax(student.detach() / 1.6, 1), torch.softmax(teacher / 1.6, 1)
+    log_ratio = (q / p).log()
+    expected = {
+        losses.forward_kl: (q - p) / 1.6,
+        losses.reverse_kl: q * (log_ratio - (q * log_ratio).sum(1, keepdim=True)) / 1.6,
+    }
+    for function, grad in expected.items():
+        value = function(student, teacher, temperature=1.6)
+        torch.testing.assert_close(torch.autograd.grad(value.sum(), student)[0], grad)
 
 
 def test_gradient_of_cross_entropy_by_finite_differences() -> None:

@@ -94,14 +94,14 @@ def warm_up(model: PreTrainedModel, example: Example) -> None:
     _states(model, example, supervised(example)[0])
 
 
-def shared_width(one: PreTrainedModel, other: PreTrainedModel, tokens: int) -> int | None:
-    """How many logits to compare: all (None) where the heads are equally wide, else those of the tokenizer's
-    tokens.
+def shared_width(one: PreTrainedModel, other: PreTrainedModel, tokens: int) -> int:
+    """How many logits to compare: those of the tokenizer's tokens, as in training.
 
     Heads are padded to round numbers, and entries past the tokenizer's are no tokens: two models with one
-    tokenizer agree on what its entries mean and on nothing past them.
+    tokenizer agree on what its entries mean and on nothing past them. Training leaves them out of both
+    softmaxes, so a divergence that counted them would be in another unit than the loss, however equal the widths.
     """
-    return None if _width(one) == _width(other) else tokens
+    return min(tokens, _width(one), _width(other))
 
 
 def _states(model: PreTrainedModel, example: Example, at_N: Tensor) -> tuple[Tensor, float]:
