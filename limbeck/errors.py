@@ -7,7 +7,9 @@
     │   ├── ModelError              2   a model that cannot be had, or does not fit the others
     │   ├── RunDirError             2   a RUN directory that another recipe made, or that is in use
     │   └── StaleError              2   a cache that no longer belongs to its inputs
+    ├── EndpointError               2   an endpoint that refuses, fails or is out of quota; what was answered stays
     ├── DiskFullError (OSError)     2   no room; what was finished stays, the run resumes
+    ├── RefusedError                1   a check by the user's own rules, such as a cap, said no
     └── VerificationError           1   the evidence does not match the files
 
 An error carries every problem found, not the first. A problem says where it is (file and key or row), what was
@@ -74,6 +76,16 @@ class RunDirError(InputError):
 
 class StaleError(InputError):
     """A cache (examples, signals) no longer belongs to what it was made from."""
+
+
+class EndpointError(LimbeckError):
+    """An endpoint refuses, fails, or has no quota left. What was answered is journaled; the run goes on from there."""
+
+
+class RefusedError(LimbeckError):
+    """Something was refused that is not wrong in itself."""
+
+    exit_code = 1
 
 
 class VerificationError(LimbeckError):

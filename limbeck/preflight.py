@@ -34,6 +34,10 @@ _PACKAGES = (
 """What a run needs of the extra `train`: found missing now, not at the last stage."""
 
 
+_FOR_ENDPOINTS = ("aiohttp", "genai_prices", "orjson")
+"""What teachers behind endpoints need: the extra `collect`."""
+
+
 def preflight(recipe: Recipe) -> dict[str, Digest]:
     """Check prompts and models; gives the digests of what lies outside RUN, by `prompts:PATH`, `teacher:NAME`
     and `student:REF`.
@@ -45,6 +49,7 @@ def preflight(recipe: Recipe) -> dict[str, Digest]:
     digests = _check_prompts(recipe, errors)
     _check_terms(recipe, errors)
     _check_references(recipe, errors)
+    _check_endpoints(recipe, errors)
     _raise(errors)
     _check_learning(recipe, errors)
     digests |= _check_models(recipe, errors)
@@ -129,6 +134,27 @@ def _check_references(recipe: Recipe, errors: list[InputError]) -> None:
             check_reference(ref)
 
 
+def _check_endpoints(recipe: Recipe, errors: list[InputError]) -> None:
+    """What endpoints need, and prices where there is a cap. Keys are read when they are needed: a run whose answers are
+    all journaled needs none.
+    """
+    endpoints = [teacher for teacher in recipe.teachers if not isinstance(teacher, LocalTeacher)]
+    if not endpoints:
+        return
+    if missing := [name for name in _FOR_ENDPOINTS if find_spec(name) is None]:
+        found, remedy = f"without {', '.join(missing)}", "pip install 'limbeck[collect]'"
+        errors.append(InputError("packages are missing", [Problem("this Python", found, "what HTTP needs", remedy)]))
+        return
+    from limbeck.collect.endpoints.prices import prices_of
+
+    unknown = [t for t in endpoints if recipe.collect.budget.money is not None and prices_of(t) is None]
+    for teacher in unknown:
+        found = f"{teacher.model} at {teacher.base_url}, whose prices nobody says"
+        expected = "prices, since collect.budget.money is a cap"
+        remedy = "add price: {input: ..., output: ...} in US dollars per million tokens (0 for one's own), or no cap"
+        errors.append(InputError("a cap needs prices", [Problem("teacher.price", found, expected, remedy)]))
+
+
 def _models(recipe: Recipe) -> Iterator[tuple[str, str, Precision]]:
     """Every model that is run here: its key in the recipe, its reference, the precision it runs in."""
     many = isinstance(recipe.teacher, tuple)
@@ -152,7 +178,8 @@ def _check_models(recipe: Recipe, errors: list[InputError]) -> dict[str, Digest]
         if words is None:
             continue
         with _noting(errors, key):
-            if key != "student.model":
+            # Answers of a teacher whose weights are not here are rendered with the student's template.
+            if key != "student.model" or any(recipe.words_of(t) == ref for t in recipe.teachers):
                 template_digest(words)
         with _noting(errors, key):
             if first:

@@ -1,11 +1,14 @@
-"""One line a stage: what it does, how far it is, at what rate, how long it will take. Silent unless a terminal asks.
+"""One line a stage: what it does, how far it is, at what rate, how long it will take. Silent unless a command asks.
 
-The library never prints. The command line hands a `Progress` made by `Progress.terminal()` to the run.
+The library never prints. The command line hands a `Progress` made by `Progress.terminal()` to the run: bars where
+standard error is a terminal, else a plain line a minute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -52,6 +55,51 @@ class _RichLine:
         self._bars.update(self._task, note=text)
 
 
+class PlainLine:
+    """The line of one stage where nobody watches: written now and then, as a line of a log."""
+
+    def __init__(
+        self,
+        name: str,
+        total: float | None,
+        unit: str,
+        *,
+        write: Callable[[str], None],
+        every: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._name, self._total, self._unit = name, total, unit
+        self._write, self._every, self._clock = write, every, clock
+        self._began = self._wrote = clock()
+        self._done, self._note = 0.0, ""
+
+    def advance(self, units: float = 1) -> None:
+        """See `Line.advance`."""
+        self._done += units
+        self._maybe()
+
+    def note(self, text: str) -> None:
+        """See `Line.note`."""
+        self._note = text
+        self._maybe()
+
+    def _maybe(self) -> None:
+        now = self._clock()
+        if now - self._wrote < self._every:
+            return
+        self._wrote = now
+        rate = self._done / (now - self._began)
+        whole = f"/{self._total:,.0f}" if self._total is not None else ""
+        parts = [f"{self._name}: {self._done:,.0f}{whole} {self._unit}", f"{rate:,.3g} a second"]
+        if self._total is not None and rate:
+            parts.append(f"{max(0.0, self._total - self._done) / rate / 60:,.0f} minutes left")
+        self._write(", ".join([*parts, *([self._note] if self._note else [])]))
+
+
+def _to_stderr(text: str) -> None:
+    print("".join(c if c.isprintable() else " " for c in text), file=sys.stderr, flush=True)
+
+
 class _Rate(ProgressColumn):
     """Units a second, or seconds a unit where that says more."""
 
@@ -71,8 +119,8 @@ class _Rate(ProgressColumn):
 class Progress:
     """Gives each stage its line."""
 
-    def __init__(self, console: Console | None):
-        self._console = console
+    def __init__(self, console: Console | None, write: Callable[[str], None] | None = None):
+        self._console, self._plain = console, write
 
     @classmethod
     def silent(cls) -> Progress:
@@ -81,15 +129,15 @@ class Progress:
 
     @classmethod
     def terminal(cls) -> Progress:
-        """Shows bars on standard error if that is a terminal, and nothing otherwise."""
+        """Shows bars on standard error if that is a terminal, else writes a line a minute there."""
         console = Console(stderr=True)
-        return cls(console if console.is_terminal else None)
+        return cls(console) if console.is_terminal else cls(None, _to_stderr)
 
     @contextmanager
     def line(self, name: str, total: float | None, unit: str) -> Iterator[Line]:
         """The line for one stage; `total` in `unit`s, None where it is not known beforehand."""
         if self._console is None:
-            yield _SilentLine()
+            yield PlainLine(name, total, unit, write=self._plain) if self._plain else _SilentLine()
             return
         whole, rest = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
         columns = (

@@ -213,7 +213,12 @@ def _absolute_paths(recipe: Recipe, base: Path) -> dict[str, Any]:
         if "path" in source:
             source["path"] = _absolute(source["path"], base)
     teachers = data["teacher"] if isinstance(data["teacher"], tuple) else (data["teacher"],)
-    for part in (*teachers, data["student"]):
+    if data["collect"]["journal"] is not None:
+        data["collect"]["journal"] = _absolute(data["collect"]["journal"], base)
+    for part in teachers:
+        if part.get("api_key_file"):
+            part["api_key_file"] = _absolute(part["api_key_file"], base)
+    for part in (*(teacher for teacher in teachers if teacher["kind"] == "local"), data["student"]):
         if "model" in part and _is_path(part["model"], base):
             part["model"] = _absolute(part["model"], base)
     return data

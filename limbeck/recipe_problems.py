@@ -47,8 +47,13 @@ _EXPECTED = {
     "model_attributes_type": "a mapping of keys to values",
     "invalid_key": "a key that is text",
     "recursion_loop": "a value that does not contain itself",
+    "address": "{text}",
+    "own_keys": "{text}",
 }
 """What each of pydantic's error types means, in the words of this package."""
+
+_NOT_SHOWN = frozenset({"api_key", "api_key_env", "api_key_file", "base_url"})
+"""Keys at whose place somebody may have written a secret."""
 
 
 def problems(errors: Sequence[ErrorDetails], data: Mapping[Any, Any], where: Callable[[Keys], str]) -> list[Problem]:
@@ -88,6 +93,9 @@ def _problem(keys: Keys, error: ErrorDetails, data: Mapping[Any, Any], where: st
         words = ctx["expected"].replace("'", "").replace(" or ", ", ")
         return Problem(where, describe(found), f"one of {words}", _nearest(str(found), words.split(", ")))
     expected = _EXPECTED[kind].format(**ctx) if kind in _EXPECTED else error["msg"]
+    if keys and str(keys[-1]) in _NOT_SHOWN:
+        hidden = "a value that is not shown, as it may hold a secret"
+        return Problem(where, hidden, expected, f"correct the value. {meaning}".strip())
     if kind == "string_type" and isinstance(found, bool | int | float):
         return Problem(where, describe(found), expected, "put it in quotes")
     return Problem(where, describe(found), expected, f"correct the value. {meaning}".strip())

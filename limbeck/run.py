@@ -123,11 +123,14 @@ def run(
     *,
     until: str = STAGES[-1].name,
     progress: Progress | None = None,
+    offline: bool = False,
 ) -> Run:
     """Distil as the recipe says into the directory `out`, up to and with the stage `until`. Run it again to resume.
+    Offline, nothing is sent to a teacher's endpoint: what the journal lacks is an error.
 
     Raises:
         InputError: something in the recipe, the prompts, the models or `out` is wrong; nothing was spent.
+        RefusedError, EndpointError: a cap or an endpoint left prompts without an answer; what was answered is kept.
         DiskFullError: no room; what was finished is kept.
     """
     from limbeck.errors import InputError, Problem
@@ -143,6 +146,7 @@ def run(
     refuse_unfit(out, recipe)
     sources = preflight(recipe)
     with open_run(out, recipe, progress) as held, Ledger(held / "ledger.db") as ledger:
+        held.offline = offline
         for place, stage in enumerate(STAGES):
             _advance(stage, recipe, held, ledger, sources)
             if stage.signs:

@@ -89,6 +89,8 @@ class RunDir:
     def __init__(self, root: str | os.PathLike[str], progress: Progress | None = None):
         self.root = Path(root)
         self.progress = progress or Progress.silent()
+        self.offline = False
+        """Whether nothing may be sent to an endpoint."""
 
     def __truediv__(self, name: str) -> Path:
         return self.root / name

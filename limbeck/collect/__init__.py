@@ -7,6 +7,8 @@ split        which prompts are held out
 prompts      the stage `prompts`: all sources to prompts.parquet
 teachers     the one seam: what a teacher is, whoever runs it
 local        a teacher run here by transformers
+endpoints    teachers asked over HTTP: what is sent, how fast, and for how much
 journal      requests and raw answers, kept through a kill or a power cut
+writer       the journal's one writer while requests are under way
 collect      the stage `collect`: every prompt, teacher and sample to completions.parquet
 """

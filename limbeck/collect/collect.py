@@ -11,21 +11,29 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import JsonValue
+from typing_extensions import TypeIs
 
-from limbeck.collect.journal import Journal
-from limbeck.collect.teachers import Request, Teacher, make_teacher
+from limbeck.collect.journal import Journal, Journaled, held, journal_path
+from limbeck.collect.teachers import Request, Teacher, Writing, make_teacher
 from limbeck.errors import PromptError
 from limbeck.progress import Line
 from limbeck.recipe import Recipe
-from limbeck.records import Completion, Prompt
+from limbeck.records import Completion, Digest, Prompt
 from limbeck.rundir import RunDir
 from limbeck.tables import read_records, write_records
 
+if TYPE_CHECKING:
+    from limbeck.collect.endpoints.account import Account
+    from limbeck.collect.endpoints.teacher import Endpoint
+
 _STRETCH = 4096
 """Requests looked up, and for a teacher that answers in batches sorted, together."""
+
+_STRETCH_SENT = 256
+"""The same where requests are sent one by one: while they are made ready nothing else happens."""
 
 _LISTED = 20
 """Prompts that cannot be asked, of one stretch, that an error lists."""
@@ -36,42 +44,101 @@ class _Spent(NamedTuple):
 
     answers: int
     tokens: int
+    stopped: Exception | None = None
+    """Why not everything was answered."""
+    fatal: bool = False
 
 
-def collect(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
+def collect(recipe: Recipe, run: RunDir, *, account: Digest | None = None) -> dict[str, JsonValue]:
     """Ask what the journal lacks, then write completions.parquet in the order of prompts, teachers,
     samples.
 
-    Raises `PromptError` for prompts that a teacher's chat template refuses: those of one stretch together,
-    before any of that stretch is asked.
+    Raises `PromptError` for prompts that a teacher cannot be asked: those of one stretch together, before any of
+    that stretch is asked; `RefusedError` where the money cap leaves prompts without an answer, and `EndpointError`
+    where an endpoint does. What was answered is journaled then. Money is counted for `account`, or for the recipe's
+    own.
     """
     started = time.monotonic()
     teachers = [make_teacher(settings, recipe.collect, recipe.seed) for settings in recipe.teachers]
     total = sum(1 for _ in _prompts(run)) * len(teachers) * recipe.collect.samples
-    totals = _Totals()
-    with Journal(run / "journal.db") as journal:
+    path, account = journal_path(recipe, run), account or recipe.account
+    with held(path), Journal(path) as journal:
+        journal.close_open()
         with run.progress.line("collect", total, "answers") as line:
-            spent = [_ask(teacher, recipe, run, journal, line) for teacher in teachers]
+            spent = _ask_all(teachers, recipe, run, journal, line, account)
+        totals = _Totals(_account(teachers))
         completions = totals.counting(_completions(teachers, recipe, run, journal))
         count = write_records(run / "completions.parquet", completions, Completion)
-        refused = journal.refused
+        _keep_here(teachers, recipe, run, journal)
+        refused, outcomes = journal.refused, journal.outcomes(account)
     generated = sum(part.answers for part in spent)
     return {
         "answers": count,
+        "unanswered": total - count,
         "generated": generated,
         "from_journal": count - generated,
         "second_answers_set_aside": refused,
         **totals.facts(),
+        **(totals.account.facts(outcomes, recipe.collect.budget.money) if totals.account else {}),
         "tokens_generated": sum(part.tokens for part in spent),
         "seconds": round(time.monotonic() - started, 3),
     }
+
+
+def _ask_all(
+    teachers: Sequence[Writing | Endpoint], recipe: Recipe, run: RunDir, journal: Journal, line: Line, account: Digest
+) -> list[_Spent]:
+    """Ask every teacher. Raises why not everything was answered, where the recipe does not go on without."""
+    spent: list[_Spent] = []
+    for teacher in teachers:
+        if _behind_endpoint(teacher):
+            part = _ask_endpoint(teacher, recipe, run, journal, line, account)
+        else:
+            part = _ask(teacher, recipe, run, journal, line)
+        if part.stopped is not None and (part.fatal or recipe.collect.unanswered == "stop"):
+            raise part.stopped
+        spent.append(part)
+    if len(journal) == 0 and (stopped := next((part.stopped for part in spent if part.stopped), None)):
+        raise stopped
+    return spent
+
+
+def _keep_here(teachers: Sequence[Writing | Endpoint], recipe: Recipe, run: RunDir, journal: Journal) -> None:
+    """Copy what this run used out of a shared journal: RUN holds its own evidence."""
+    if journal.path == run / "journal.db":
+        return
+    with Journal(run / "journal.db") as own:
+        journal.copy_to(own, (request.key for request, *_ in _asked(teachers, recipe, run)))
 
 
 def _prompts(run: RunDir) -> Iterator[Prompt]:
     return read_records(run / "prompts.parquet", Prompt)
 
 
-def _ask(teacher: Teacher, recipe: Recipe, run: RunDir, journal: Journal, line: Line) -> _Spent:
+def _behind_endpoint(teacher: Writing | Endpoint) -> TypeIs[Endpoint]:
+    """Told by its kind: what endpoints need may not be installed."""
+    return teacher.identity.kind != "local"
+
+
+def _ask_endpoint(
+    teacher: Endpoint, recipe: Recipe, run: RunDir, journal: Journal, line: Line, account: Digest
+) -> _Spent:
+    from limbeck.collect.endpoints.stage import ask_endpoint
+
+    stretches = _open_stretches(teacher, recipe, run, journal, line, _STRETCH_SENT)
+    return _Spent(*ask_endpoint(teacher, stretches, recipe, journal, line, account=account, offline=run.offline))
+
+
+def _account(teachers: Sequence[Writing | Endpoint]) -> Account | None:
+    """What the endpoints charge; None where there are none."""
+    if not (endpoints := [teacher for teacher in teachers if _behind_endpoint(teacher)]):
+        return None
+    from limbeck.collect.endpoints.stage import open_account
+
+    return open_account(endpoints)
+
+
+def _ask(teacher: Writing, recipe: Recipe, run: RunDir, journal: Journal, line: Line) -> _Spent:
     """Have one teacher answer what the journal lacks; each group is on disk before it is looked at."""
     started, answers, tokens = time.monotonic(), 0, 0
     for group in teacher.answer(_open_stretches(teacher, recipe, run, journal, line)):
@@ -84,13 +151,13 @@ def _ask(teacher: Teacher, recipe: Recipe, run: RunDir, journal: Journal, line: 
 
 
 def _open_stretches(
-    teacher: Teacher, recipe: Recipe, run: RunDir, journal: Journal, line: Line
+    teacher: Teacher, recipe: Recipe, run: RunDir, journal: Journal, line: Line, size: int = _STRETCH
 ) -> Iterator[list[Request]]:
     """What the journal lacks of each stretch. Stretches are cut from all requests, so they stay the same
     as the journal fills.
     """
     pairs = ((prompt, sample) for prompt in _prompts(run) for sample in range(recipe.collect.samples))
-    while stretch := list(islice(pairs, _STRETCH)):
+    while stretch := list(islice(pairs, size)):
         requests = _requests(teacher, stretch)
         lacking = set(journal.missing(request.key for request in requests))
         line.advance(len(requests) - len(lacking))
@@ -112,16 +179,29 @@ def _requests(teacher: Teacher, stretch: Sequence[tuple[Prompt, int]]) -> list[R
     return requests
 
 
-def _completions(teachers: Sequence[Teacher], recipe: Recipe, run: RunDir, journal: Journal) -> Iterator[Completion]:
+def _asked(
+    teachers: Sequence[Writing | Endpoint], recipe: Recipe, run: RunDir
+) -> Iterator[tuple[Request, Prompt, int, Writing | Endpoint]]:
+    """Every request of the recipe, in the order of the completions."""
     for prompt in _prompts(run):
         for teacher in teachers:
             for sample in range(recipe.collect.samples):
-                yield _completion(prompt, sample, teacher, journal)
+                yield teacher.request(prompt, sample), prompt, sample, teacher
 
 
-def _completion(prompt: Prompt, sample: int, teacher: Teacher, journal: Journal) -> Completion:
-    request = teacher.request(prompt, sample)
-    found = journal.get(request.key)
+def _completions(
+    teachers: Sequence[Writing | Endpoint], recipe: Recipe, run: RunDir, journal: Journal
+) -> Iterator[Completion]:
+    """A completion for every request that was answered; `_ask_all` let none unanswered that may not be."""
+    for request, prompt, sample, teacher in _asked(teachers, recipe, run):
+        try:
+            found = journal.get(request.key)
+        except KeyError:
+            continue
+        yield _completion(request, prompt, sample, teacher, found)
+
+
+def _completion(request: Request, prompt: Prompt, sample: int, teacher: Teacher, found: Journaled) -> Completion:
     parsed, who = teacher.parse(request, found.raw), teacher.identity
     return Completion(
         prompt_id=prompt.id,
@@ -149,6 +229,7 @@ def _completion(prompt: Prompt, sample: int, teacher: Teacher, journal: Journal)
 class _Totals:
     """Counts over the completions as they are written."""
 
+    account: Account | None
     prompt_tokens: int = 0
     completion_tokens: int = 0
     finish_reasons: Counter[str] = field(default_factory=Counter)
@@ -160,6 +241,9 @@ class _Totals:
             self.completion_tokens += completion.completion_tokens
             self.finish_reasons[completion.finish_reason] += 1
             self.by_teacher[completion.teacher] += completion.completion_tokens
+            tokens = completion.prompt_tokens, completion.completion_tokens
+            if self.account is not None:
+                self.account.add(completion.teacher, completion.finish_reason, *tokens)
             yield completion
 
     def facts(self) -> dict[str, JsonValue]:

@@ -5,12 +5,18 @@ One SQLite file in WAL mode with `synchronous=FULL`: a group of answers is one t
 once written is never written over: a second one for the same request was paid for too, so it is set aside
 and counted, but not used.
 
+Beside the answers stands every request that was sent to an endpoint: written before it leaves, ended when
+its outcome is known. One without an outcome was under way when its process was killed. So what a provider
+billed is what is journaled, what ended otherwise, and what was in flight at the kills.
+
 The schema is versioned by `PRAGMA user_version`; opening an older journal brings it up to date, one
 migration a version, each in a transaction of its own.
 """
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import sqlite3
 import zlib
@@ -22,10 +28,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+import zstandard
+
 from limbeck.collect.teachers import Answer
 from limbeck.errors import InputError, Problem
 from limbeck.ledger.canonical import digest_bytes
+from limbeck.recipe import Recipe
 from limbeck.records import Digest
+from limbeck.rundir import RunDir
 
 _APPLICATION = 0x4C4D424A
 """`PRAGMA application_id` ("LMBJ"): tells a journal from any other SQLite file."""
@@ -47,6 +57,50 @@ class Journaled(NamedTuple):
     """When it was journaled, UTC."""
 
 
+class Sent(NamedTuple):
+    """A request that is about to leave."""
+
+    number: int
+    """Unique in a journal; counts up."""
+    key: Digest
+    account: Digest
+    """Whose money it is: `Recipe.account`."""
+    held: int
+    """Picodollars set aside for it; 0 where there is no price."""
+
+
+class Ended(NamedTuple):
+    """What became of a request that was sent."""
+
+    number: int
+    outcome: str
+    """`answered`, or why it was not: `timeout`, `cut`, `connect`, `http 429`, ..."""
+    cost: int
+    """Picodollars: billed where the provider said so, else the most that it can have been."""
+
+
+class Outcomes(NamedTuple):
+    """All requests of one account that ended alike."""
+
+    requests: int
+    cost: int
+    """Picodollars."""
+
+
+class Took(NamedTuple):
+    """What an answer took."""
+
+    seconds: float
+    """From the moment its request was about to leave; 0 where that was not written down."""
+    bytes: int
+    """In the journal, packed."""
+
+
+KILLED = "killed"
+"""Outcome of a request that was under way when its process ended without a word; its cost is the most it can
+have been."""
+
+
 class Journal:
     """A journal file, made if it is not there. A context manager.
 
@@ -56,6 +110,10 @@ class Journal:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
+        # One of each for all rows: making one costs more than using it. Neither may be shared between threads.
+        self._packer = zstandard.ZstdCompressor(level=3)
+        self._pack = self._packer.compress
+        self._unpack_zstd = zstandard.ZstdDecompressor().decompress
         with self._telling():
             self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
             try:
@@ -86,12 +144,87 @@ class Journal:
         created, new = datetime.now(UTC).isoformat(timespec="microseconds"), 0
         with self._telling(), self._transaction():
             for request, raw in answers:
-                paid = (zlib.compress(raw), digest_bytes(raw), created)
-                done = self._db.execute(_INSERT, (request.key, zlib.compress(request.body), *paid))
-                new += done.rowcount
-                if done.rowcount == 0:
-                    self._db.execute(_SET_ASIDE, (request.key, *paid))
+                new += self._put(request.key, self._pack(request.body), self._pack(raw), digest_bytes(raw), created)
         return new
+
+    def _put(self, key: Digest, request: bytes, raw: bytes, response: Digest, created: str) -> int:
+        done = self._db.execute(_INSERT, (key, request, raw, response, created))
+        if done.rowcount == 0:
+            self._db.execute(_SET_ASIDE, (key, raw, response, created))
+        return done.rowcount
+
+    def put_traffic(self, sent: Sequence[Sent], answers: Sequence[Answer], ended: Sequence[Ended]) -> None:
+        """Write what is about to leave, what came back, and what became of what was sent, in one transaction. When it
+        returns, all of it is safe.
+
+        One statement a table, whatever the number of rows: each lets other threads run, and has to wait for them.
+        """
+        now = datetime.now(UTC).isoformat(timespec="microseconds")
+        packed = self._pack_all([part for answer in answers for part in (answer.request.body, answer.raw)])
+        rows = [
+            (answer.request.key, packed[2 * n], packed[2 * n + 1], digest_bytes(answer.raw), now)
+            for n, answer in enumerate(answers)
+        ]
+        with self._telling(), self._transaction():
+            if sent:
+                self._db.execute(_SEND, (now, json.dumps(sent)))
+            if rows:
+                marks = ", ".join(["(?, ?, ?, ?, ?)"] * len(rows))
+                values = [value for row in rows for value in row]
+                new = {key for (key,) in self._db.execute(_INSERT_ALL.format(marks), values).fetchall()}
+                for key, _, raw, response, created in rows:
+                    if key not in new:
+                        self._db.execute(_SET_ASIDE, (key, raw, response, created))
+                    new.discard(key)  # a second one in the same group is set aside too
+            if ended:
+                self._db.execute(_END, (now, json.dumps(ended)))
+
+    def _pack_all(self, parts: Sequence[bytes]) -> list[bytes]:
+        """The same as `_pack` of each."""
+        if len(parts) < 3 or not all(parts) or "multi_compress_to_buffer" not in zstandard.backend_features:
+            return [self._pack(part) for part in parts]
+        return [piece.tobytes() for piece in self._packer.multi_compress_to_buffer(list(parts))]
+
+    @property
+    def next_number(self) -> int:
+        """The next free number of a request."""
+        with self._telling():
+            return (self._db.execute("SELECT max(number) FROM sent").fetchone()[0] or 0) + 1
+
+    def close_open(self) -> int:
+        """Mark requests without an outcome as killed; returns how many. Only for who holds the journal: nobody else
+        can have one under way.
+        """
+        now = datetime.now(UTC).isoformat(timespec="microseconds")
+        with self._telling(), self._transaction():
+            return self._db.execute(_KILL, (KILLED, now)).rowcount
+
+    def outcomes(self, account: Digest) -> dict[str, Outcomes]:
+        """The requests of one account by their outcome; those under way as `killed`."""
+        with self._telling():
+            rows = self._db.execute(_OUTCOMES, (KILLED, account)).fetchall()
+        return {outcome: Outcomes(requests, cost) for outcome, requests, cost in rows}
+
+    def took(self, key: Digest) -> Took:
+        """What an answer to a request took: of the requests sent for it, the last that was answered."""
+        with self._telling():
+            packed = self._db.execute(
+                "SELECT length(request) + length(raw) FROM answers WHERE key = ?", (key,)
+            ).fetchone()
+            times = self._db.execute(_TIMES, (key,)).fetchone()
+        began, ended = map(datetime.fromisoformat, times) if times else (None, None)
+        return Took((ended - began).total_seconds() if began and ended else 0.0, packed[0] if packed else 0)
+
+    def copy_to(self, other: Journal, keys: Iterable[Digest]) -> int:
+        """Copy the answers to these requests that `other` lacks, as they lie here; returns how many."""
+        copied, lacking = 0, iter(other.missing(keys))
+        while chunk := list(islice(lacking, _LOOKUP)):
+            marks = ", ".join("?" * len(chunk))
+            with self._telling():
+                rows = self._db.execute(f"SELECT {_COLUMNS} FROM answers WHERE key IN ({marks})", chunk).fetchall()
+            with other._telling(), other._transaction():
+                copied += sum(other._put(*row) for row in rows)
+        return copied
 
     def get(self, key: Digest) -> Journaled:
         """The answer to a request. Raises `KeyError` where there is none, `InputError` where its bytes are
@@ -169,8 +302,8 @@ class Journal:
 
     def _unpack(self, key: Digest, packed: bytes) -> bytes:
         try:
-            return zlib.decompress(packed)
-        except zlib.error as error:
+            return self._unpack_zstd(packed) if packed.startswith(zstandard.FRAME_HEADER) else zlib.decompress(packed)
+        except (zlib.error, zstandard.ZstdError) as error:
             raise self._damaged(
                 f"what lies under {key} does not unpack ({error})", "bytes as they were written"
             ) from None
@@ -198,10 +331,49 @@ class Journal:
         return InputError("the journal cannot be used", [Problem(str(self.path), found, expected, remedy)])
 
 
-_INSERT = (
-    "INSERT INTO answers (key, request, raw, response, created) VALUES (?, ?, ?, ?, ?) ON CONFLICT (key) DO NOTHING"
-)
+def journal_path(recipe: Recipe, run: RunDir) -> Path:
+    """The journal of a run: its own, or one that the recipe says is shared."""
+    return Path(recipe.collect.journal) if recipe.collect.journal is not None else run / "journal.db"
+
+
+@contextmanager
+def held(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a journal for collecting: two processes that ask at the same time would pay for one answer twice. The hold
+    ends with the process, however it ends. Raises `InputError` where another process holds it.
+    """
+    place = Path(f"{os.fspath(path)}-lock")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with open(place, "a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            found = f"held by process {lock.read().strip() or 'unknown'}"
+            problem = Problem(os.fspath(path), found, "no other process", "wait for it, or stop it")
+            raise InputError("another run is collecting into this journal", [problem]) from None
+        lock.seek(0)
+        lock.truncate()
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+_COLUMNS = "key, request, raw, response, created"
+_INSERT = f"INSERT INTO answers ({_COLUMNS}) VALUES (?, ?, ?, ?, ?) ON CONFLICT (key) DO NOTHING"
 _SET_ASIDE = "INSERT INTO refused (key, raw, response, created) VALUES (?, ?, ?, ?)"
+_INSERT_ALL = f"INSERT INTO answers ({_COLUMNS}) VALUES {{}} ON CONFLICT (key) DO NOTHING RETURNING key"
+_SEND = (
+    "INSERT INTO sent (number, key, account, held, started) SELECT json_extract(value, '$[0]'), "
+    "json_extract(value, '$[1]'), json_extract(value, '$[2]'), json_extract(value, '$[3]'), ?1 FROM json_each(?2)"
+)
+_END = (
+    "UPDATE sent SET outcome = e.outcome, cost = e.cost, ended = ?1 FROM "
+    "(SELECT json_extract(value, '$[0]') AS number, json_extract(value, '$[1]') AS outcome, "
+    "json_extract(value, '$[2]') AS cost FROM json_each(?2)) AS e WHERE sent.number = e.number"
+)
+_TIMES = "SELECT started, ended FROM sent WHERE key = ? AND outcome = 'answered' ORDER BY number DESC LIMIT 1"
+_KILL = "UPDATE sent SET outcome = ?, cost = held, ended = ? WHERE outcome IS NULL"
+_OUTCOMES = "SELECT coalesce(outcome, ?), count(*), sum(coalesce(cost, held)) FROM sent WHERE account = ? GROUP BY 1"
 
 _UNUSABLE = {
     sqlite3.SQLITE_NOTADB: ("not an SQLite database", "move it out of the way, or use another --out"),
@@ -217,7 +389,12 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "response TEXT NOT NULL, created TEXT NOT NULL)",
         "CREATE TABLE refused (key TEXT NOT NULL, raw BLOB NOT NULL, response TEXT NOT NULL, created TEXT NOT NULL)",
     ),
+    (
+        "CREATE TABLE sent (number INTEGER PRIMARY KEY NOT NULL, key TEXT NOT NULL, account TEXT NOT NULL, "
+        "held INTEGER NOT NULL, cost INTEGER, outcome TEXT, started TEXT NOT NULL, ended TEXT)",
+        "CREATE INDEX sent_open ON sent (number) WHERE outcome IS NULL",
+    ),
 )
-"""Statements that lead from version n to n + 1. `request` and `raw` are zlib streams; `created` is ISO
-8601 in UTC.
+"""Statements that lead from version n to n + 1. `request` and `raw` are zlib streams in rows of version 1 and zstd
+frames in later ones; the first bytes tell. Times are ISO 8601 in UTC, money whole picodollars.
 """

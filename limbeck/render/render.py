@@ -63,7 +63,7 @@ def render(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
         StaleError: completions and verdicts do not belong together.
 
     """
-    tokenizers = {t.name: load_tokenizer(t.model) for t in recipe.teachers}
+    tokenizers = {t.name: load_tokenizer(recipe.words_of(t)) for t in recipe.teachers}
     renderers = {name: ChatRenderer(tokenizer, name) for name, tokenizer in tokenizers.items()}
     tally, examples = _Tally(), []
     with run.progress.line("render", None, "answers") as line:

@@ -174,8 +174,24 @@ def cost(evidence: Evidence) -> Cost:
     money = "No answer was bought from a provider; what the machine costs was not recorded."
     if outside:
         money = f"Answers came from {', '.join(map(one_line, outside))}; what they cost was not recorded."
+    if spent := _spent(evidence):
+        money = spent
     stages = [(entry, seconds(entry)) for entry, _ in evidence.latest]
     return Cost(money, sum(took for _, took in stages), stages)
+
+
+def _spent(evidence: Evidence) -> str:
+    """What the endpoints charged, and what of it was wasted; empty where no prices were known."""
+    money = evidence.facts("collect").get("money")
+    if not isinstance(money, dict):
+        return ""
+    spent, wasted, prices = (money.get(name) for name in ("spent_dollars", "wasted_dollars", "prices"))
+    if not isinstance(spent, int | float) or not isinstance(wasted, int | float) or not isinstance(prices, dict):
+        return ""
+    if "unknown" in prices.values():
+        return "" if len(set(prices.values())) == 1 else f"At least {spent:.4f} US dollars; some prices were not known."
+    share = f", of which at most {wasted:.4f} bought no usable answer" if wasted else ""
+    return f"Answers cost at most {spent:.4f} US dollars{share}."
 
 
 def seconds(entry: Entry) -> float:

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from limbeck import models
 from limbeck.errors import StaleError
-from limbeck.recipe import Recipe
-from limbeck.records import Example
+from limbeck.ledger.canonical import digest_json
+from limbeck.recipe import EndpointTeacher, LocalTeacher, Recipe
+from limbeck.records import Digest, Example
 from limbeck.render.batches import collate
 from limbeck.render.examples import ExampleSet, read_examples
 from limbeck.rundir import RunDir
@@ -80,24 +81,32 @@ def signal_key(recipe: Recipe, examples: ExampleSet) -> SignalKey:
 
     The vocabulary is what the tokenizer can write: rows of a head beyond it are padding, at every teacher.
     """
-    widths = [models.load_config(t.model, t.precision).get_text_config().vocab_size for t in recipe.teachers]
-    words = models.load_tokenizer(recipe.teachers[0].model)
+    local = [t for t in recipe.teachers if isinstance(t, LocalTeacher)]
+    widths = [models.load_config(t.model, t.precision).get_text_config().vocab_size for t in local]
+    words = models.load_tokenizer(recipe.words_of(recipe.teachers[0]))
     key = SignalKey(
         kind=recipe.signal.kind,
         tokenizer=examples.manifest.tokenizer,
         templates=examples.manifest.templates,
-        teachers={t.name: models.resolve(t.model).digest for t in recipe.teachers},
+        teachers={t.name: _who(t) for t in recipe.teachers},
         examples=SignalKey.digest_of(examples.train),
-        vocab_size=min(len(words), *widths),
+        vocab_size=min([len(words), *widths]),
         seed=recipe.seed,
     )
     if recipe.signal.kind == "text":
         return key
-    precisions = {str(models.precision_dtype(t.precision)).removeprefix("torch.") for t in recipe.teachers}
+    precisions = {str(models.precision_dtype(t.precision)).removeprefix("torch.") for t in local}
     key = key.model_copy(update={"precision": ", ".join(sorted(precisions))})
     if recipe.signal.kind == "hidden":
         return key
     return key.model_copy(update={"tau": recipe.signal.tau, "temperature": recipe.train.temperature})
+
+
+def _who(teacher: LocalTeacher | EndpointTeacher) -> Digest:
+    """Digest of a teacher's weights, or of its address and name where they are not here."""
+    if isinstance(teacher, LocalTeacher):
+        return models.resolve(teacher.model).digest
+    return digest_json([teacher.kind, teacher.base_url, teacher.model])
 
 
 def plan_shards(examples: Sequence[Example], teachers: Sequence[str]) -> list[list[Batch]]:
@@ -153,7 +162,7 @@ def _write(recipe: Recipe, run: RunDir, key: SignalKey, plan: list[list[Batch]])
     assert key.tau is not None
     assert key.temperature is not None
     settings = Settings(key.tau, key.temperature, key.vocab_size, recipe.seed)
-    teachers = {t.name: t for t in recipe.teachers}
+    teachers = {t.name: t for t in recipe.teachers if isinstance(t, LocalTeacher)}
     writer = SignalWriter(
         run / "signals",
         key,

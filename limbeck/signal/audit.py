@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from limbeck import models
 from limbeck.errors import InputError, Problem
-from limbeck.recipe import Recipe
+from limbeck.recipe import LocalTeacher, Recipe
 from limbeck.records import Example
 from limbeck.render.batches import collate
 from limbeck.render.examples import ExampleSet
@@ -91,7 +91,7 @@ def audit(
     count = min(len(examples.train), max(1, round(share * len(examples.train))))
     chosen = [examples.train[i] for i in torch.randperm(len(examples.train), generator=stream)[:count].tolist()]
     found: list[_Found] = []
-    for teacher in recipe.teachers:
+    for teacher in (t for t in recipe.teachers if isinstance(t, LocalTeacher)):
         for example in (e for e in chosen if e.teacher == teacher.name):
             signal = store.take([example.id])
             assert isinstance(signal, SampledSignal)

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from limbeck import models
 from limbeck.errors import ModelError, Problem
-from limbeck.recipe import PretrainedStudent, PrunedStudent, Recipe
+from limbeck.recipe import LocalTeacher, PretrainedStudent, PrunedStudent, Recipe
 from limbeck.render.examples import read_examples
 from limbeck.rundir import RunDir, atomic
 from limbeck.student.choose import MEASURED, Choice, choose_layers
@@ -49,6 +49,7 @@ def begin(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
 
 def _prune(recipe: Recipe, student: PrunedStudent, run: RunDir) -> dict[str, JsonValue]:
     teacher = recipe.teachers[0]
+    assert isinstance(teacher, LocalTeacher)  # a recipe with another is refused
     model, words = (
         models.load_model(teacher.model, teacher.precision, models.processor().device),
         models.load_tokenizer(teacher.model),
@@ -92,8 +93,8 @@ def facts_of(choice: Choice) -> dict[str, JsonValue]:
 
 
 def _take(recipe: Recipe, student: PretrainedStudent, run: RunDir) -> dict[str, JsonValue]:
-    teacher = recipe.teachers[0]
-    words, own = models.load_tokenizer(teacher.model), models.load_tokenizer(student.model)
+    writer = recipe.words_of(recipe.teachers[0])
+    words, own = models.load_tokenizer(writer), models.load_tokenizer(student.model)
     models.refuse_other_tokenizer(f"student.model: {student.model}", words, own)
     with run.progress.line("student", 1, "models") as line:
         stored = models.load_config(student.model).get_text_config().dtype
@@ -104,7 +105,7 @@ def _take(recipe: Recipe, student: PretrainedStudent, run: RunDir) -> dict[str, 
             problem = Problem(where, f"{rows} embeddings", expected, remedy)
             raise ModelError("the student has too few embeddings", [problem])
         model = copy.copy(model)
-        model.generation_config = _generation_config(teacher.model)
+        model.generation_config = _generation_config(writer)
         model.generation_config.eos_token_id = sorted(models.stop_ids(model, words))
         with atomic(run / "beginning") as half:
             _save(model, words, half)

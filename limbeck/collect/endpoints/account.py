@@ -1,0 +1,59 @@
+"""What collecting cost, and what of it was wasted: facts for the ledger.
+
+Billed is what the provider counted; where it did not say, because an answer was lost on its way, the most that it can
+have been. Wasted is what bought no usable answer: requests that were lost (and were sent again), and answers that were
+cut off, refused, filtered or unreadable. Those are data all the same, and a recipe may keep them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pydantic import JsonValue
+
+from limbeck.collect.endpoints.prices import Prices, dollars
+from limbeck.collect.journal import Outcomes
+
+_USABLE = frozenset({"stop", "tool_calls"})
+
+
+@dataclass
+class Account:
+    """Adds up answers as they are written down; `prices` by teacher."""
+
+    prices: Mapping[str, Prices | None]
+    requests: Counter[str] = field(default_factory=Counter)
+    money: Counter[str] = field(default_factory=Counter)
+
+    def add(self, teacher: str, finish_reason: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count an answer that cannot be used as it is; one of a teacher without an endpoint costs nothing."""
+        if teacher not in self.prices or finish_reason in _USABLE:
+            return
+        self.requests[finish_reason] += 1
+        if (prices := self.prices[teacher]) is not None:
+            self.money[finish_reason] += prices.cost(prompt_tokens, completion_tokens)
+
+    def facts(self, outcomes: Mapping[str, Outcomes], cap: float | None) -> dict[str, JsonValue]:
+        """What the ledger gets to know; empty where no endpoint was asked."""
+        if not self.prices:
+            return {}
+        lost = {name: one for name, one in outcomes.items() if name not in ("answered", "refused", "not sent")}
+        wasted: dict[str, JsonValue] = {
+            name: {"requests": one.requests, "dollars_at_most": dollars(one.cost)} for name, one in sorted(lost.items())
+        }
+        wasted |= {
+            name: {"answers": count, "dollars": dollars(self.money[name])}
+            for name, count in sorted(self.requests.items())
+        }
+        return {
+            "money": {
+                "spent_dollars": dollars(sum(one.cost for one in outcomes.values())),
+                "cap_dollars": cap,
+                "prices": {name: one.source if one else "unknown" for name, one in sorted(self.prices.items())},
+                "requests": {name: one.requests for name, one in sorted(outcomes.items())},
+                "wasted": wasted,
+                "wasted_dollars": dollars(sum(one.cost for one in lost.values()) + self.money.total()),
+            }
+        }

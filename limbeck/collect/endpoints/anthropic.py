@@ -1,0 +1,89 @@
+"""Anthropic's messages API, version 2023-06-01.
+
+It takes no seed: samples of one prompt differ by chance, and by their number in the journal's key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import JsonValue
+
+from limbeck import recipe
+from limbeck.collect.endpoints.dialects import Body, Read
+from limbeck.collect.endpoints.reply import MALFORMED, document, error_of, mapping, refusal_reason, text, usage_of
+from limbeck.collect.teachers import Parsed
+from limbeck.records import Message
+
+_REASONS = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "refusal": "refusal",
+    "tool_use": "tool_calls",
+}
+"""From `stop_reason` to the words of this package; others are kept as they are."""
+
+
+class AnthropicMessages:
+    """A `Dialect`."""
+
+    form = "anthropic-messages/1"
+
+    def address(self, base_url: str) -> str:
+        """See `Dialect.address`."""
+        return f"{base_url}/messages" if base_url.endswith("/v1") else f"{base_url}/v1/messages"
+
+    def headers(self, key: str | None) -> dict[str, str]:
+        """See `Dialect.headers`."""
+        version = {"anthropic-version": "2023-06-01"}
+        return version | {"x-api-key": key} if key else version
+
+    def body(self, model: str, messages: Sequence[Message], settings: recipe.Collect, seed: int) -> Body:
+        """See `Dialect.body`. System messages stand apart; current models refuse `top_p` beside `temperature`, so it is
+        sent only where it is not 1.
+        """
+        if strange := sorted({message.role for message in messages} - {"system", "user", "assistant"}):
+            raise ValueError(f"a message of role {', '.join(strange)}")
+        system = "\n\n".join(message.content for message in messages if message.role == "system")
+        turns: list[JsonValue] = [
+            {"role": message.role, "content": message.content} for message in messages if message.role != "system"
+        ]
+        body: dict[str, JsonValue] = {
+            "model": model,
+            "messages": turns,
+            "max_tokens": settings.max_tokens,
+            "temperature": settings.temperature,
+        }
+        if system:
+            body["system"] = system
+        if settings.top_p != 1:
+            body["top_p"] = settings.top_p
+        return body
+
+    def read(self, raw: bytes) -> Read:
+        """See `Dialect.read`."""
+        found = document(raw)
+        if found is None:
+            return _nothing(MALFORMED)
+        if (error := error_of(found)) is not None:
+            return _nothing(refusal_reason(error))
+        said = mapping(found.get("usage"))
+        prompt = [said.get(f"{kind}input_tokens") for kind in ("", "cache_creation_", "cache_read_")]
+        usage = usage_of(prompt, said.get("output_tokens"))
+        model, blocks, stop = text(found.get("model")), found.get("content"), found.get("stop_reason")
+        if not isinstance(blocks, list) or not isinstance(stop, str):
+            return _nothing(MALFORMED, model)._replace(usage=usage)
+        counts = (usage.prompt, usage.completion) if usage else (0, 0)
+        reasoning = _joined(blocks, "thinking") or None
+        return Read(Parsed(_joined(blocks, "text"), reasoning, _REASONS.get(stop, stop), model, *counts), usage)
+
+
+def _joined(blocks: Sequence[JsonValue], kind: str) -> str:
+    """What all blocks of a type say; a block has its words under the name of its type."""
+    return "".join(text(mapping(block).get(kind)) for block in blocks if mapping(block).get("type") == kind)
+
+
+def _nothing(reason: str, model: str = "") -> Read:
+    return Read(Parsed("", None, reason, model, 0, 0), None)

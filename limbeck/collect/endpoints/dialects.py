@@ -1,0 +1,46 @@
+"""What differs between the APIs: how a question is put and how an answer is read. Nothing here sends anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from pydantic import JsonValue
+
+from limbeck import recipe
+from limbeck.collect.endpoints.reply import Usage
+from limbeck.collect.teachers import Parsed
+from limbeck.records import Message
+
+Body = Mapping[str, JsonValue]
+
+
+class Read(NamedTuple):
+    """An answer, read."""
+
+    parsed: Parsed
+    usage: Usage | None
+    """None where the provider did not say: then the bill is not known."""
+
+
+class Dialect(Protocol):
+    """One API. Laws: `body` is a function of its arguments; `read` of the bytes, and never raises."""
+
+    form: str
+    """Names the API and the version of what lies in the journal."""
+
+    def address(self, base_url: str) -> str:
+        """Where requests go."""
+        ...
+
+    def headers(self, key: str | None) -> dict[str, str]:
+        """Headers beside the content type; the key goes here and nowhere else."""
+        ...
+
+    def body(self, model: str, messages: Sequence[Message], settings: recipe.Collect, seed: int) -> Body:
+        """What is sent. Raises `ValueError` with what it cannot ask."""
+        ...
+
+    def read(self, raw: bytes) -> Read:
+        """Text, counts and finish reason. What the API does not promise is `malformed`, and kept."""
+        ...

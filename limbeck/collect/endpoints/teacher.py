@@ -1,0 +1,143 @@
+"""A teacher behind an endpoint: what is asked, and what an answer says. Sending is done elsewhere."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import orjson
+from pydantic import JsonValue
+
+from limbeck import recipe
+from limbeck.collect.endpoints.anthropic import AnthropicMessages
+from limbeck.collect.endpoints.dialects import Dialect
+from limbeck.collect.endpoints.openai_chat import OpenAIChat
+from limbeck.collect.endpoints.openai_responses import OpenAIResponses
+from limbeck.collect.endpoints.reply import Usage
+from limbeck.collect.rows import shown
+from limbeck.collect.teachers import Parsed, Request
+from limbeck.errors import Problem, PromptError
+from limbeck.ledger.canonical import canonical, digest_bytes
+from limbeck.records import Prompt, TeacherIdentity
+from limbeck.seeds import derive_seed
+
+_OVERHEAD = 512
+"""Tokens that a server may put around what was sent: its chat template, a system prompt of its own."""
+
+
+class Bound(NamedTuple):
+    """The most that a request can be billed for, in tokens."""
+
+    prompt: int
+    completion: int
+
+
+def make_dialect(settings: recipe.EndpointTeacher) -> Dialect:
+    """The API that the settings name."""
+    if settings.kind == "anthropic":
+        return AnthropicMessages()
+    if settings.api == "responses":
+        return OpenAIResponses()
+    limit = settings.limit_key
+    if limit == "auto":
+        limit = "max_completion_tokens" if settings.host == "api.openai.com" else "max_tokens"
+    return OpenAIChat(limit)
+
+
+def canonical_fast(value: JsonValue) -> bytes:
+    """What `limbeck.ledger.canonical.canonical` gives, twenty times as fast for what is mostly text.
+
+    orjson writes text as RFC 8785 has it, and sorts keys as it does where they are ASCII; numbers with a point are
+    written by the slow way.
+    """
+    try:
+        return orjson.dumps(_prepared(value), option=orjson.OPT_SORT_KEYS)
+    except (orjson.JSONEncodeError, TypeError, ValueError):
+        return canonical(value)
+
+
+def _prepared(value: JsonValue) -> object:
+    """The value with its floats as RFC 8785 writes them. Raises `ValueError` for what orjson would write otherwise."""
+    if isinstance(value, str | bool) or value is None:
+        return value
+    if isinstance(value, dict):
+        if not all(map(str.isascii, value)):
+            raise ValueError
+        return {key: _prepared(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_prepared(inner) for inner in value]
+    if isinstance(value, float):
+        return orjson.Fragment(_float(value))
+    if abs(value) >= 2**53:
+        raise ValueError
+    return value
+
+
+@lru_cache(maxsize=256)
+def _float(value: float) -> bytes:
+    return canonical(value)
+
+
+class Endpoint:
+    """A `Teacher` that is asked over HTTP."""
+
+    def __init__(self, settings: recipe.EndpointTeacher, collect: recipe.Collect, seed: int):
+        self.settings, self._collect, self._seed = settings, collect, seed
+        self.dialect = make_dialect(settings)
+        self.address = self.dialect.address(settings.base_url)
+        self.identity = TeacherIdentity(
+            name=settings.name,
+            kind=settings.kind,
+            provider="self-hosted" if settings.reached == "self-hosted" else settings.host,
+            route=settings.reached,
+            model=settings.model,
+            weights=None,
+            terms=settings.terms,
+        )
+
+    def request(self, prompt: Prompt, sample: int) -> Request:
+        """What is asked for this sample of this prompt: the address, every key that is sent, and the sample's number.
+        Raises `PromptError` where the API has no words for it.
+        """
+        # 31 bits: what every server takes.
+        seed = derive_seed(self._seed, "answer", prompt.id, sample) >> 32
+        try:
+            body = self.dialect.body(self.settings.model, prompt.messages, self._collect, seed)
+        except ValueError as error:
+            raise self._not_taken(prompt, str(error)) from None
+        sent: dict[str, JsonValue] = {key: value for key, value in body.items() if key not in self.settings.omit}
+        content: dict[str, JsonValue] = {
+            "form": self.dialect.form,
+            "endpoint": self.address,
+            "sample": sample,
+            "body": sent | self.settings.extra,
+        }
+        canonical = canonical_fast(content)
+        return Request(digest_bytes(canonical), canonical)
+
+    def _not_taken(self, prompt: Prompt, found: str) -> PromptError:
+        where = f"{prompt.source}: {shown(prompt.messages[-1].content)}"
+        remedy = "change the roles of its messages, or take a teacher that knows them"
+        problem = Problem(where, found, f"roles that the API of {self.identity.name} takes", remedy)
+        return PromptError("the teacher's API cannot be asked these prompts", [problem])
+
+    def parse(self, request: Request, raw: bytes) -> Parsed:
+        """Text and counts of a raw answer, whatever it is; where it names no model, the one that was asked for."""
+        parsed = self.dialect.read(raw).parsed
+        return parsed if parsed.model else parsed._replace(model=self.settings.model)
+
+    def usage(self, raw: bytes) -> Usage | None:
+        """What the provider counted; None where it did not say."""
+        return self.dialect.read(raw).usage
+
+    def wire(self, request: Request) -> bytes:
+        """The bytes that are sent."""
+        return orjson.dumps(orjson.loads(request.body)["body"])
+
+    def bound(self, wire: bytes) -> Bound:
+        """The most that a request can be billed for.
+
+        A tokenizer that knows bytes makes no more tokens of a text than it has bytes, and JSON makes the text no
+        shorter; so the length of what is sent bounds the prompt.
+        """
+        return Bound(len(wire) + _OVERHEAD, self._collect.max_tokens)

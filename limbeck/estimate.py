@@ -1,0 +1,241 @@
+"""What collecting will take: requests, tokens, money, time and disk, before it is paid for.
+
+Without a pilot, what can be said for certain: how many requests there are, and the most that they can cost. With one, a
+few prompts are asked, drawn by a digest of their content, and the rest is projected from them: the mean of a prompt
+times the number of prompts, with a 95 % interval over prompts. The pilot's answers lie in the journal, so the run does
+not ask for them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from limbeck.collect.collect import collect
+from limbeck.collect.endpoints.prices import Prices, dollars, picodollars, prices_of
+from limbeck.collect.endpoints.teacher import Endpoint
+from limbeck.collect.files import iter_file_prompts
+from limbeck.collect.journal import Journal
+from limbeck.collect.teachers import make_teacher
+from limbeck.errors import InputError, Problem
+from limbeck.evaluate.statistics import ratio_interval
+from limbeck.progress import Progress
+from limbeck.recipe import FilePrompts, Recipe, SelfPrompt
+from limbeck.records import Completion, Prompt, Split
+from limbeck.rundir import RunDir
+from limbeck.seeds import derive_seed
+from limbeck.tables import read_records, write_records
+
+
+class Figure(NamedTuple):
+    """One thing that collecting takes, for all requests of the recipe."""
+
+    name: str
+    unit: str
+    value: float | None
+    """Projected from the pilot; None without one."""
+    low: float | None
+    high: float | None
+    """The 95 % interval over prompts."""
+    at_most: float | None
+    """What it cannot exceed; None where nothing bounds it."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What collecting will take."""
+
+    prompts: int
+    requests: int
+    """To endpoints."""
+    journaled: int
+    """Of them, answered already."""
+    pilot: int
+    """Prompts asked for the projection."""
+    prices: dict[str, str]
+    """Who says what each endpoint charges."""
+    figures: tuple[Figure, ...]
+
+    def to_json(self) -> str:
+        """All of it as JSON text."""
+        values = asdict(self) | {"figures": [figure._asdict() for figure in self.figures]}
+        return json.dumps(values, ensure_ascii=False, indent=2)
+
+
+def estimate(
+    recipe: Recipe, *, pilot: int = 0, journal: Path | None = None, progress: Progress | None = None
+) -> Estimate:
+    """What it takes to collect as the recipe says. A pilot asks so many prompts, and journals the answers in `journal`,
+    or where the recipe's `collect.journal` says.
+
+    Raises:
+        InputError: wrong prompts; or a pilot without a place for its answers, or larger than the prompts.
+        RefusedError, EndpointError: the pilot came upon the cap, or upon an endpoint that does not answer.
+    """
+    teachers = [
+        made for t in recipe.teachers if isinstance(made := make_teacher(t, recipe.collect, recipe.seed), Endpoint)
+    ]
+    priced = {t.identity.name: prices_of(t.settings) for t in teachers}
+    path = Path(recipe.collect.journal) if recipe.collect.journal is not None else journal
+    chosen = _chosen(recipe, pilot)
+    if pilot:
+        _refuse_pilot(recipe, pilot, len(chosen), path)
+    count = sum(1 for _ in _prompts(recipe))
+    own = sum(source.count for source in recipe.prompts if isinstance(source, SelfPrompt))
+    bounds = _bounds(recipe, teachers, priced, path)
+    measured = {}
+    if pilot and path is not None:
+        measured = _pilot(recipe, chosen, priced, path, progress or Progress.silent())
+    return Estimate(
+        prompts=count + own,
+        requests=count * len(teachers) * recipe.collect.samples,
+        journaled=bounds.journaled,
+        pilot=len(chosen),
+        prices={name: one.source if one else "unknown" for name, one in priced.items()},
+        figures=tuple(_figures(recipe, count, bounds, measured, all(priced.values()))),
+    )
+
+
+class _Bounds(NamedTuple):
+    prompt_tokens: int
+    completion_tokens: int
+    money: int
+    journaled: int
+
+
+def _prompts(recipe: Recipe) -> Iterator[Prompt]:
+    """The different prompts of all files."""
+    seen = set()
+    for source in (one for one in recipe.prompts if isinstance(one, FilePrompts)):
+        for row in iter_file_prompts(source):
+            if row.id in seen:
+                continue
+            seen.add(row.id)
+            where = {"source": source.path, "licence": source.licence}
+            yield Prompt(id=row.id, messages=row.messages, split=Split.TRAIN, **where)
+
+
+def _chosen(recipe: Recipe, pilot: int) -> list[Prompt]:
+    """Prompts for the pilot, by a digest of what they say: a sample that does not hang on their order."""
+    return heapq.nsmallest(
+        pilot, _prompts(recipe), key=lambda p: hashlib.sha256(f"limbeck-pilot-1 {p.id}".encode()).digest()
+    )
+
+
+def _refuse_pilot(recipe: Recipe, pilot: int, there: int, path: Path | None) -> None:
+    problems = []
+    if all(teacher.kind == "local" for teacher in recipe.teachers):
+        remedy = "leave --pilot out; a local teacher costs nothing"
+        problems.append(Problem("--pilot", "only local teachers", "a teacher behind an endpoint", remedy))
+    if pilot < 2 or pilot > there:
+        remedy = "give a number in between; 30 is a good start"
+        problems.append(Problem("--pilot", str(pilot), f"2 to {there}, the number of different prompts", remedy))
+    if path is None:
+        expected = "a journal, so that its answers are not paid for again"
+        problems.append(Problem("--pilot", "no place for answers", expected, "give --out RUN, or set collect.journal"))
+    if problems:
+        raise InputError("no pilot can be made", problems)
+
+
+def _bounds(
+    recipe: Recipe, teachers: Sequence[Endpoint], priced: dict[str, Prices | None], path: Path | None
+) -> _Bounds:
+    """The most that the requests can take; and how many of them are answered already."""
+    prompt_tokens = completion_tokens = money = journaled = 0
+    there = path is not None and path.exists()
+    with Journal(path if there and path is not None else ":memory:") as journal:
+        for prompt in _prompts(recipe):
+            for teacher in teachers:
+                requests = [teacher.request(prompt, sample) for sample in range(recipe.collect.samples)]
+                bound, prices = teacher.bound(teacher.wire(requests[0])), priced[teacher.identity.name]
+                prompt_tokens += bound.prompt * len(requests)
+                completion_tokens += bound.completion * len(requests)
+                money += prices.cost(*bound) * len(requests) if prices else 0
+                journaled += len(requests) - len(journal.missing(request.key for request in requests)) if there else 0
+    return _Bounds(prompt_tokens, completion_tokens, money, journaled)
+
+
+def _pilot(
+    recipe: Recipe, chosen: Sequence[Prompt], priced: dict[str, Prices | None], path: Path, progress: Progress
+) -> dict[str, list[float]]:
+    """Ask the prompts, and measure: by quantity, its sum over the requests of each prompt."""
+    shared = recipe.collect.model_copy(update={"journal": str(path), "unanswered": "stop"})
+    endpoints = tuple(teacher for teacher in recipe.teachers if teacher.kind != "local")
+    piloting = recipe.model_copy(update={"collect": shared, "teacher": endpoints})
+    with tempfile.TemporaryDirectory() as place:
+        run = RunDir(place, progress)
+        write_records(run / "prompts.parquet", chosen, Prompt)
+        collect(piloting, run, account=recipe.account)
+        rows = list(read_records(run / "completions.parquet", Completion))
+    sums = {prompt.id: dict.fromkeys(("prompt", "completion", "money", "seconds", "bytes"), 0.0) for prompt in chosen}
+    with Journal(path) as journal:
+        for row in rows:
+            prices, took = priced[row.teacher], journal.took(row.request_id)
+            own = sums[row.prompt_id]
+            own["prompt"] += row.prompt_tokens
+            own["completion"] += row.completion_tokens
+            own["money"] += prices.cost(row.prompt_tokens, row.completion_tokens) if prices else 0
+            own["seconds"] += took.seconds
+            own["bytes"] += took.bytes
+    return {
+        name: [own[name] for own in sums.values()] for name in ("prompt", "completion", "money", "seconds", "bytes")
+    }
+
+
+def _figures(
+    recipe: Recipe, prompts: int, bounds: _Bounds, measured: dict[str, list[float]], priced: bool
+) -> Iterator[Figure]:
+    def figure(name: str, unit: str, key: str, scale: float, at_most: float | None) -> Figure:
+        if key not in measured:
+            return Figure(name, unit, None, None, None, at_most)
+        sums_P = np.asarray(measured[key], np.float64) * scale * prompts
+        found = ratio_interval(sums_P, np.ones(len(sums_P)), seed=derive_seed(recipe.seed, "estimate", key) >> 10)
+        return Figure(name, unit, *found, at_most)
+
+    yield figure("prompt tokens", "tokens", "prompt", 1, bounds.prompt_tokens)
+    yield figure("answer tokens", "tokens", "completion", 1, bounds.completion_tokens)
+    cap = recipe.collect.budget.money
+    if priced:
+        worst = bounds.money if cap is None else min(bounds.money, picodollars(cap))
+        yield figure("money", "US dollars", "money", dollars(1), dollars(worst))
+    requests = prompts * len(recipe.teachers) * recipe.collect.samples
+    yield figure("time", "seconds", "seconds", 1 / max(1, min(recipe.collect.concurrency, requests)), None)
+    yield figure("journal", "bytes", "bytes", 1, None)
+
+
+def as_text(found: Estimate) -> str:
+    """For a person at a terminal."""
+    lines = [
+        f"{found.prompts:,} prompts, {found.requests:,} requests to endpoints, {found.journaled:,} answered already",
+        *(f"prices of {name}: {source}" for name, source in found.prices.items()),
+    ]
+    for one in found.figures:
+        told = []
+        if one.value is not None:
+            told.append(_number(one, one.value))
+        if one.low is not None and one.high is not None:
+            told.append(f"({_number(one, one.low)} to {_number(one, one.high)})")
+        if one.at_most is not None:
+            told.append(f"at most {_number(one, one.at_most)}")
+        lines.append(
+            f"{one.name:<14} {' '.join(told) or 'not known without a pilot'} {one.unit if told else ''}".rstrip()
+        )
+    if found.pilot:
+        lines.append(
+            f"projected from {found.pilot} prompts, whose answers lie in the journal; in brackets 95 % intervals"
+        )
+    else:
+        lines.append("projected from nothing yet: --pilot 30 asks 30 of the prompts")
+    return "\n".join(lines)
+
+
+def _number(figure: Figure, value: float) -> str:
+    return f"{value:,.4f}" if figure.unit == "US dollars" else f"{value:,.0f}"

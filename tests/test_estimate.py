@@ -1,0 +1,104 @@
+"""Estimates: bounds that hold, intervals that cover, and a pilot that is paid for once."""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import yaml
+from asking import ask, file_of, made
+from typer.testing import CliRunner
+
+from limbeck.cli import app
+from limbeck.errors import InputError
+from limbeck.estimate import Estimate, estimate
+from limbeck.testing import Model, Server, Settings
+
+PRICED = {"price": {"input": 1.0, "output": 3.0}}
+SERVED = Settings(words=40, spread=0.8, delay=0.01, models={"toy": Model(input=Decimal(1), output=Decimal(3))})
+
+
+def figures(found: Estimate) -> dict[str, tuple[float | None, ...]]:
+    return {f.name: (f.value, f.low, f.high, f.at_most) for f in found.figures}
+
+
+def test_without_a_pilot_nothing_is_sent_and_the_bounds_hold(tmp_path: Path):
+    with Server(SERVED) as server:
+        recipe = made(server.url, file_of(tmp_path, 50), teacher=PRICED, samples=2)
+        found = estimate(recipe)
+        assert server.bill.received == 0
+        assert (found.prompts, found.requests, found.journaled, found.pilot) == (50, 100, 0, 0)
+        assert found.prices == {"toy": "recipe"}
+        ask(recipe, tmp_path / "run")
+        told = figures(found)
+        assert told["money"][:3] == (None, None, None)
+        for name, billed in (("money", float(server.bill.money)), ("prompt tokens", server.bill.prompt_tokens),
+                             ("answer tokens", server.bill.completion_tokens)):  # fmt: skip
+            assert billed <= told[name][3]  # type: ignore[operator]
+        again = estimate(recipe, journal=tmp_path / "run" / "journal.db")
+        assert again.journaled == 100
+
+
+def test_a_pilot_is_paid_for_once_and_its_interval_covers_the_bill(tmp_path: Path):
+    with Server(SERVED) as server:
+        recipe = made(server.url, file_of(tmp_path, 120), teacher=PRICED)
+        found = estimate(recipe, pilot=30, journal=tmp_path / "run" / "journal.db")
+        assert server.bill.requests == 30
+        assert estimate(recipe, pilot=30, journal=tmp_path / "run" / "journal.db").figures == found.figures
+        assert server.bill.requests == 30
+        facts, _ = ask(recipe, tmp_path / "run")
+        assert server.bill.requests == 120
+        assert facts["generated"] == 90
+        assert facts["money"]["spent_dollars"] == pytest.approx(float(server.bill.money), abs=1e-12)
+        told = figures(found)
+        for name, billed in (("money", float(server.bill.money)), ("prompt tokens", server.bill.prompt_tokens),
+                             ("answer tokens", server.bill.completion_tokens)):  # fmt: skip
+            value, low, high, at_most = told[name]
+            assert value is not None and low is not None and high is not None and at_most is not None  # noqa: PT018
+            assert low <= billed <= high <= at_most
+            assert low < value < high
+        assert 120 * 0.01 / 16 < told["time"][0] < 30  # type: ignore[operator]
+        assert told["journal"][0] > 120 * 100  # type: ignore[operator]
+
+
+def test_the_interval_covers_as_often_as_it_says(tmp_path: Path):
+    """Pilots on many prompt sets; the bill is what the server would charge for all of them."""
+    covered = 0
+    with Server(SERVED.model_copy(update={"delay": 0.0})) as server:
+        for number in range(20):
+            (tmp_path / str(number)).mkdir()
+            recipe = made(server.url, file_of(tmp_path / str(number), 60), teacher=PRICED)
+            recipe = recipe.model_copy(update={"seed": number})
+            before = server.bill.money
+            found = estimate(recipe, pilot=20, journal=tmp_path / str(number) / "journal.db")
+            shared = recipe.collect.model_copy(update={"journal": str(tmp_path / str(number) / "journal.db")})
+            ask(recipe.model_copy(update={"collect": shared}), tmp_path / str(number) / "run")
+            _, low, high, _ = figures(found)["money"]
+            covered += low <= float(server.bill.money - before) <= high  # type: ignore[operator]
+    assert covered >= 16  # 95 % of 20 is 19; fewer than 16 has probability 0.0003
+
+
+def test_a_pilot_that_cannot_be_is_refused(tmp_path: Path):
+    recipe = made("http://127.0.0.1:9", file_of(tmp_path, 10), teacher=PRICED)
+    with pytest.raises(InputError) as error:
+        estimate(recipe, pilot=30)
+    assert len(error.value.problems) == 2
+    assert all(p.remedy for p in error.value.problems)
+
+
+def test_the_command(tmp_path: Path):
+    with Server(SERVED) as server:
+        recipe = made(server.url, file_of(tmp_path, 20), teacher=PRICED)
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+        arguments = ["estimate", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")]
+        plain = CliRunner().invoke(app, arguments)
+        assert plain.exit_code == 0, plain.output
+        assert "at most" in plain.output
+        result = CliRunner().invoke(app, [*arguments, "--pilot", "8", "--json"])
+        assert result.exit_code == 0, result.output
+        assert {f["name"] for f in json.loads(result.output)["figures"]} == {
+            "prompt tokens", "answer tokens", "money", "time", "journal",
+        }  # fmt: skip
+        assert server.bill.requests == 8
