@@ -206,7 +206,8 @@ def _figures(
     if priced:
         worst = bounds.money if cap is None else min(bounds.money, picodollars(cap))
         yield figure("money", "US dollars", "money", dollars(1), dollars(worst))
-    requests = prompts * len(recipe.teachers) * recipe.collect.samples
+    endpoints = sum(teacher.kind != "local" for teacher in recipe.teachers)
+    requests = prompts * endpoints * recipe.collect.samples
     yield figure("time", "seconds", "seconds", 1 / max(1, min(recipe.collect.concurrency, requests)), None)
     yield figure("journal", "bytes", "bytes", 1, None)
 

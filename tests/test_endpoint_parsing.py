@@ -357,3 +357,21 @@ def test_an_address_with_a_secret_in_it_is_refused_without_showing_it(tmp_path, 
     assert {re.split(r": ", p.where)[-1] for p in error.value.problems} == {
         "teacher.base_url", "teacher.api_key_env", "teacher.api_key",
     }  # fmt: skip
+
+
+def test_prices_of_a_recipe_are_checked_as_other_keys_are(tmp_path):
+    from limbeck.errors import RecipeError
+    from limbeck.recipe_file import load_recipe
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "name: a\nteacher: {kind: openai, model: m, price: {inputx: 1, output: true}}\n"
+        "prompts: [{kind: file, path: p.jsonl}]\nstudent: {kind: pretrained, model: m}\n"
+        "signal: {kind: text}\ntrain: {loss: cross_entropy}\n"
+    )
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    found = {re.split(r": ", p.where)[-1]: p for p in error.value.problems}
+    assert found.keys() == {"teacher.price.input", "teacher.price.inputx", "teacher.price.output"}
+    assert found["teacher.price.inputx"].remedy == "did you mean teacher.price.input?"
+    assert found["teacher.price.output"].expected == "a number"

@@ -86,7 +86,7 @@ class _Endpoint(Part):
     addresses and the best known hosts, and records `unknown` for others."""
     omit: tuple[str, ...] = ()
     """Keys to leave out of every request because this model refuses them, such as `temperature` or `seed`."""
-    extra: Annotated[dict[str, JsonValue], WithJsonSchema({"type": "object"})] = {}
+    extra: Annotated[dict[str, JsonValue], WithJsonSchema({"type": "object"})] = Field(default={})
     """Keys to add to every request as they are, such as `reasoning_effort`. They are journaled: no place for a
     secret."""
     price: Price | None = None

@@ -18,7 +18,7 @@ from limbeck import recipe as recipe_
 from limbeck.collect.journal import Journal
 from limbeck.ledger.canonical import digest_json, digest_path
 from limbeck.progress import Line
-from limbeck.recipe import Recipe
+from limbeck.recipe import LocalTeacher, Recipe
 from limbeck.records import Digest, Rollout
 from limbeck.render.examples import ExampleSet, read_examples
 from limbeck.rundir import RunDir, atomic
@@ -130,6 +130,7 @@ def _source(recipe: Recipe, store: SignalStore) -> SignalSource:
     if store.manifest.kind != "hidden":
         return Stored(store)
     teacher = recipe.teachers[0]
+    assert isinstance(teacher, LocalTeacher)  # a recipe with another is refused
     model = models.load_model(teacher.model, teacher.precision, models.processor().device)
     return LiveTeacher(model, store.manifest.key.vocab_size)
 
