@@ -78,7 +78,7 @@ class Collected(NamedTuple):
 def distributions(run: RunDir, examples: Sequence[Example], vocab_size: int) -> Iterator[tuple[Example, Tensor]]:
     """The teacher's distributions at the answer positions of each example."""
     recipe = run.recipe()
-    model = models.load_model(recipe.teachers[0].model, recipe.teachers[0].precision)
+    model = models.load_model(recipe.local_teachers[0].model, recipe.local_teachers[0].precision)
     for example in examples:
         batch = collate([example], 0)
         with torch.inference_mode():
@@ -170,7 +170,7 @@ def text_entries(example: Example) -> Entries:
 def students(run: RunDir, examples: ExampleSet, found: Collected, vocab_size: int, steps: int) -> dict[str, Reached]:
     """A student of every form that was kept, of the exact teacher and of the text, and the beginning itself."""
     recipe, schedule = run.recipe(), schedule_of(run, examples, steps)
-    teacher = models.load_model(recipe.teachers[0].model, recipe.teachers[0].precision)
+    teacher = models.load_model(recipe.local_teachers[0].model, recipe.local_teachers[0].precision)
     texts = {e.id: Kept(text_entries(e), torch.zeros(e.supervised)) for e in examples.train}
     kept = {name: KeptSource(k, vocab_size, recipe.train.temperature) for name, k in found.kept.items()}
     sources = {

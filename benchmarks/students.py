@@ -106,7 +106,7 @@ def train_student(run: RunDir, examples: ExampleSet, schedule: Schedule, source:
 def measure(run: RunDir, examples: ExampleSet, student: PreTrainedModel, seconds: float = 0.0) -> Reached:
     """A student on the recipe's held-out prompts."""
     recipe = run.recipe()
-    teacher = models.load_model(recipe.teachers[0].model, recipe.teachers[0].precision)
+    teacher = models.load_model(recipe.local_teachers[0].model, recipe.local_teachers[0].precision)
     chosen = choose(examples.held_out, recipe.evaluate.held_out)
     rows = [Row(e.prompt_id, sum_over_example(teacher, student, e)) for e in chosen]
     scores = {s.name: (s.value, s.low, s.high) for s in scores_of("student", rows, seed=0, no_teacher=None)}

@@ -203,6 +203,11 @@ class Recipe(Part):
         """All teachers, one or many."""
         return self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
 
+    @property
+    def local_teachers(self) -> tuple[LocalTeacher, ...]:
+        """Those whose weights are here."""
+        return tuple(teacher for teacher in self.teachers if isinstance(teacher, LocalTeacher))
+
     def words_of(self, teacher: LocalTeacher | EndpointTeacher) -> str:
         """Reference of the model whose tokenizer and chat template render this teacher's answers: its own, or the
         student's where its weights are not here.
