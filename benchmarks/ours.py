@@ -4,6 +4,7 @@
     stored      distillation from that store
     text        the same trainer, batches and order with plain cross-entropy on the text
     live        distillation against the live teacher's hidden states
+    halves      the same as live, each step computed in two pieces: the same gradient in less memory
     on-policy   the student writes all answers, 128 tokens at most, and learns by reverse KL to the live teacher;
                 four steps' answers are written at a time
     strict      the same, each step's answers written by the student as it then is
@@ -105,6 +106,10 @@ def live(options: argparse.Namespace) -> Result:
     return train(options, *_live(options), "forward_kl")
 
 
+def halves(options: argparse.Namespace) -> Result:
+    return train(options, *_live(options), "forward_kl", pieces=2)
+
+
 def _live(options: argparse.Namespace) -> tuple[SignalSource, PreTrainedModel]:
     teacher = models.load_model(str(options.material / "teacher"), "bf16")
     words = models.load_tokenizer(str(options.material / "teacher"))
@@ -157,6 +162,7 @@ def train(
     loss: str,
     *,
     own: OnPolicy | None = None,
+    pieces: int = 1,
     callbacks: list[TrainerCallback] | None = None,
 ) -> Result:
     """Trains the student as the train stage does, without checkpoints; returns figures and operations. `own` lets the
@@ -165,7 +171,7 @@ def train(
     models.keep_memory()
     examples = read_examples(options.material / "examples").train
     lengths = [len(e.tokens_T) for e in examples]
-    schedule = make_schedule(lengths, batch_size=BATCH, epochs=options.epochs, pieces=1, seed=options.seed)
+    schedule = make_schedule(lengths, batch_size=BATCH, epochs=options.epochs, pieces=pieces, seed=options.seed)
     whole = schedule.steps[: options.steps or None]
     none = ((),) * len(whole)
     schedule = replace(schedule, steps=none if own else whole, prompts=whole if own else none)
@@ -173,11 +179,11 @@ def train(
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     head_of(model)  # as the train stage does: its proof must run before autocast is on
     written = _Written(model, options, examples, schedule, own) if own else None
-    feed = Feed(examples, schedule, own_answers=written)
+    feed = Feed(examples, schedule, own_answers=written, accumulate=pieces)
     clock, steps = StepClock(), len(schedule.steps)
     same = arguments(
         str(options.material / "ours"), steps=steps, learning_rate=options.learning_rate, seed=options.seed
-    )
+    ) | {"gradient_accumulation_steps": pieces}
     trainer = DistillationTrainer(
         model,
         feed=feed,
@@ -240,6 +246,7 @@ CASES: dict[str, Callable[[argparse.Namespace], Result]] = {
     "stored": stored,
     "text": text,
     "live": live,
+    "halves": halves,
     "on-policy": on_policy,
     "strict": strictly_on_policy,
     "profile": profiled,

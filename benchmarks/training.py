@@ -8,6 +8,7 @@ Every case runs in a process of its own, in its own side's environment, one afte
     gkd default         the same with gradient checkpointing, TRL's default
     gkd bf16 weights    the same as gkd, weights and moments in bf16 (coarser updates than all others)
     live                limbeck, the live teacher's hidden states
+    live in halves      the same, each step computed in two pieces: the same gradient in less memory
     stored              limbeck, a threshold sample (tau 0.02) from the store
     annotate            writing that store, the whole stage with loading
     text                limbeck, the same steps as stored with plain cross-entropy on the text
@@ -60,7 +61,14 @@ PEERS: dict[str, tuple[str, ...]] = {
     "on-policy default": ("--case", "on-policy", "--checkpointing"),
     "on-policy bf16 weights": ("--case", "on-policy", "--weights", "bfloat16"),
 }
-OURS = {"live": "live", "annotate": "annotate", "stored": "stored", "text": "text", "peak": "peak"}
+OURS = {
+    "live": "live",
+    "live in halves": "halves",
+    "annotate": "annotate",
+    "stored": "stored",
+    "text": "text",
+    "peak": "peak",
+}
 OURS |= {"on-policy limbeck": "on-policy", "on-policy strict": "strict"}
 
 Results = dict[str, list[Result]]
@@ -112,7 +120,7 @@ def rate_of(name: str) -> str:
 def ratio_table(results: Results) -> str:
     """Each of limbeck's cases against each of TRL's that does the same."""
     rows = []
-    for mine in ("live", "stored, annotation over 3 epochs", "on-policy limbeck", "on-policy strict"):
+    for mine in ("live", "live in halves", "stored, annotation over 3 epochs", "on-policy limbeck", "on-policy strict"):
         kind = "on-policy" if mine.startswith("on-policy") else "gkd"
         for theirs in (name for name in PEERS if name.startswith(kind)):
             if results.get(mine) and results.get(theirs):
@@ -135,7 +143,7 @@ def step_cost(results: Results) -> str:
 
 def peak_share(results: Results) -> str:
     rows = []
-    for name in ("live", "stored", "text"):
+    for name in ("live", "live in halves", "stored", "text"):
         pairs = list(zip(results.get(name, []), results.get("peak", []), strict=False))
         if pairs:
             reached = [_number(one, "flops") / _number(one, "seconds") for one, _ in pairs]
