@@ -17,7 +17,7 @@ from limbeck.recipe import FilePrompts, LocalTeacher, PretrainedStudent, PrunedS
 from limbeck.records import Digest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
     from limbeck.models import Precision
 
@@ -171,7 +171,7 @@ def _check_models(recipe: Recipe, errors: list[InputError]) -> dict[str, Digest]
     digests: dict[str, Digest] = {}
     first: tuple[str, PreTrainedTokenizerFast] | None = None
     for key, ref, precision in _models(recipe):
-        words = None
+        words = config = None
         with _noting(errors, key):
             digests[f"{'student' if key == 'student.model' else 'teacher'}:{ref}"] = resolve(ref).digest
             words = load_tokenizer(ref)
@@ -186,11 +186,19 @@ def _check_models(recipe: Recipe, errors: list[InputError]) -> dict[str, Digest]
                 refuse_other_tokenizer(f"{ref} beside {first[0]}", first[1], words)
         first = first or (ref, words)
         with _noting(errors, key):
-            config = load_config(ref, precision).get_text_config()
-            if len(words) > config.vocab_size:
-                raise _narrow(ref, config.vocab_size, len(words))
-            if isinstance(recipe.student, PrunedStudent) and key in ("teacher.model", "teacher.0.model"):
-                _check_layers(ref, recipe.student.layers, config.num_hidden_layers, errors)
+            config = load_config(ref, precision)
+            width = config.get_text_config().vocab_size
+            if len(words) > width:
+                raise _narrow(ref, width, len(words))
+        if (
+            config is not None
+            and isinstance(recipe.student, PrunedStudent)
+            and key in ("teacher.model", "teacher.0.model")
+        ):
+            try:
+                _check_pruning(ref, recipe.student, config)
+            except ModelError as error:  # its places are keys of the recipe already
+                errors.append(error)
     return digests
 
 
@@ -230,12 +238,16 @@ def _narrow(ref: str, width: int, tokens: int) -> ModelError:
     return ModelError("a model is narrower than its tokenizer", [problem])
 
 
-def _check_layers(ref: str, layers: int, there: int, errors: list[InputError]) -> None:
-    if layers > there:
-        problem = Problem(
-            "student.layers",
-            str(layers),
-            f"at most {there}, the layers of {ref}",
-            f"set student.layers to {there} or less",
-        )
-        errors.append(ModelError("the student would have more layers than its teacher", [problem]))
+def _check_pruning(ref: str, student: PrunedStudent, config: PreTrainedConfig) -> None:
+    """Whether the teacher can be made as small as asked; its weights are not loaded for that."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from limbeck.student.wanted import wanted
+    from limbeck.student.width import check_width
+
+    size = wanted(student, config, ref)
+    if size.width is not None:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        check_width(model, size.width)

@@ -32,6 +32,7 @@ from limbeck.student import begin as stage
 from limbeck.student.begin import begin
 from limbeck.student.choose import Criterion, choose_layers
 from limbeck.student.layers import after, only, stack_of
+from limbeck.student.saving import prove, save
 
 D = digest_bytes(b"something")
 MEASURED: tuple[Criterion, ...] = ("greedy", "divergence", "influence")
@@ -231,8 +232,8 @@ def test_architectures_are_pruned_and_come_back_the_same(config, tmp_path):
     for kept in (choice.kept, (1, 2)):
         with only(model, kept):
             measured = logits_of(model)
-            stage._save(model, tiny.tokenizer(), tmp_path / str(kept))
-            stage._prove(model, tmp_path / str(kept))
+            save(model, tiny.tokenizer(), tmp_path / str(kept))
+            prove(model, tmp_path / str(kept))
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(kept)).eval()
         assert torch.equal(logits_of(loaded), measured)
         prompt = torch.arange(3, 9)[None]
@@ -247,9 +248,9 @@ def test_layers_that_depend_on_their_number_are_refused(tmp_path):
     kind."""
     model = made(Qwen2MoeConfig(**COMMON, num_experts=2, moe_intermediate_size=16, mlp_only_layers=[3]))
     with only(model, [2, 3]):
-        stage._save(model, tiny.tokenizer(), tmp_path)
+        save(model, tiny.tokenizer(), tmp_path)
         with pytest.raises(ModelError, match="another model when it is loaded again"):
-            stage._prove(model, tmp_path)
+            prove(model, tmp_path)
 
 
 # ---- the stage
@@ -314,7 +315,7 @@ def test_nothing_is_left_of_a_student_that_fails(tmp_path, monkeypatch):
     def refuse(*_):
         raise ModelError("no")
 
-    monkeypatch.setattr(stage, "_prove", refuse)
+    monkeypatch.setattr(stage, "prove", refuse)
     with pytest.raises(ModelError):
         begin(recipe_for(teacher, kind="pruned", layers=3), run)
     assert [p.name for p in run.root.iterdir()] == ["examples"]

@@ -137,16 +137,31 @@ class Curate(Part):
 
 
 class PrunedStudent(Part):
-    """The teacher with layers removed."""
+    """The teacher with layers removed, or with fewer attention heads or MLP neurons in each layer, or both."""
 
     kind: Literal["pruned"] = "pruned"
-    """Begins as the teacher, with fewer layers."""
-    layers: PositiveInt
-    """How many layers stay."""
+    """Begins as the teacher, made smaller."""
+    layers: PositiveInt | None = None
+    """How many layers stay; nothing is all of them."""
+    attention_heads: PositiveInt | None = None
+    """How many attention heads, those of the queries, stay in each layer: the ones with the strongest output on
+    collected answers. Nothing is all that the key-value heads which stay have.
+    """
+    key_value_heads: PositiveInt | None = None
+    """How many key-value heads stay in each layer, each with equally many attention heads. Nothing is all of them, or
+    one for each attention head where those are fewer.
+    """
+    intermediate_size: PositiveInt | None = None
+    """How many MLP neurons stay in each layer: the ones most active on collected answers. Nothing is all of them."""
     choose: Literal["importance", "influence", "even"] = "importance"
-    """`importance` measures on collected answers how far the model strays from the teacher without each layer;
+    """Which layers stay: `importance` measures on collected answers how far the model strays without each layer;
     `influence` measures how much each layer turns its input; `even` spaces them evenly and measures nothing.
     """
+
+    @property
+    def smaller(self) -> bool:
+        """Whether anything is to be removed."""
+        return any((self.layers, self.attention_heads, self.key_value_heads, self.intermediate_size))
 
 
 class PretrainedStudent(Part):
@@ -255,6 +270,10 @@ class Recipe(Part):
                     "lower it, or raise train.batch_size",
                 )
             )
+        if isinstance(self.student, PrunedStudent) and not self.student.smaller:
+            keys = "layers, attention_heads, key_value_heads and intermediate_size"
+            remedy = "set student.layers to a number smaller than the teacher's"
+            problems.append(Problem("student", f"pruned, without any of {keys}", "at least one of them", remedy))
         if problems:
             text = "\n".join(map(str, problems))
             raise PydanticCustomError("parts_disagree", "{text}", {"text": text, "problems": problems})

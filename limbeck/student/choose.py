@@ -5,19 +5,15 @@
     influence     remove at once those that turn their input least: 1 - cosine(input, output), the block
                   influence of ShortGPT (Men et al., arXiv 2403.03853)
     even          keep the first, the last, and layers at even distances between them; nothing is measured
+    all           keep every layer (`all_layers`)
 
-How far a model strays is the forward KL divergence KL(teacher || model) in nats a token, over the positions
-that predict the answers' tokens. It is estimated from a threshold sample of the teacher's distribution, as
-the model's cross-entropy less the teacher's own on the same sample: unbiased, exactly 0 for the teacher,
-and every candidate is measured with the same sample.
+How far a model strays is said in `calibrate`.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,24 +23,13 @@ from transformers import PreTrainedModel
 
 from limbeck.errors import ModelError, Problem
 from limbeck.records import Example
-from limbeck.render.batches import Batch, collate
-from limbeck.seeds import derive_seed
-from limbeck.signal.head import CHUNK, head_logits, hidden_states
-from limbeck.signal.sampling import from_logits
-from limbeck.signal.types import SampledSignal
+from limbeck.render.batches import Batch
+from limbeck.student.calibrate import TOKENS, Calibration, calibrate, predicting, stray
 from limbeck.student.layers import after, hidden_of, only, stack_of
 
-Criterion = Literal["greedy", "divergence", "influence", "even"]
+Criterion = Literal["greedy", "divergence", "influence", "even", "all"]
 MEASURED: Criterion = "divergence"
 """What `choose: importance` means; docs/student.md has the figures it was chosen by."""
-TOKENS = 384
-"""Supervised tokens that layers are measured on."""
-_LONGEST = 96
-"""Tokens of a calibration example; the rest is cut off, so that more answers take part."""
-_TAU = 0.02
-_BATCH = 16
-_ROWS = 16
-"""Positions whose logits are widened to float32 at a time, so that they stay in the processor's cache."""
 
 
 class Choice(NamedTuple):
@@ -55,13 +40,13 @@ class Choice(NamedTuple):
     removed: tuple[int, ...]
     """Those that went: in the order they went for `greedy`, else least important first."""
     scores: tuple[float, ...]
-    """The harm of removing each layer alone; empty for `even`."""
+    """The harm of removing each layer alone; empty for `even` and `all`."""
     unit: str
     """Of the scores."""
     divergence: tuple[float, ...]
     """KL(teacher || model), nats a token: after each removal for `greedy`, else after all of them."""
     tokens: int
-    """Supervised tokens measured on; 0 for `even`."""
+    """Supervised tokens measured on; 0 for `even` and `all`."""
 
 
 def choose_layers(
@@ -89,7 +74,7 @@ def choose_layers(
     if criterion == "even":
         return _even(count, keep)
     with torch.inference_mode():
-        calibration = _calibrate(model, _sample(examples, seed, tokens), seed)
+        calibration = calibrate(model, examples, seed=seed, tokens=tokens)
         if criterion == "greedy":
             return _greedy(model, calibration, keep, on_measured)
         if criterion == "divergence":
@@ -99,7 +84,12 @@ def choose_layers(
         choice = _least(criterion, scores, keep, unit, calibration.positions)
         if not choice.removed:
             return choice
-        return choice._replace(divergence=(_stray(model, calibration, lambda _: only(model, choice.kept)),))
+        return choice._replace(divergence=(stray(model, calibration, lambda _: only(model, choice.kept)),))
+
+
+def all_layers(model: PreTrainedModel) -> Choice:
+    """The choice that keeps every layer; nothing is measured."""
+    return Choice("all", tuple(range(len(stack_of(model).layers))), (), (), "none", (), 0)
 
 
 def _even(count: int, keep: int) -> Choice:
@@ -114,81 +104,7 @@ def _least(criterion: Criterion, scores: Sequence[float], keep: int, unit: str, 
     return Choice(criterion, tuple(sorted(ranked[gone:])), tuple(ranked[:gone]), tuple(scores), unit, (), positions)
 
 
-def _sample(examples: Sequence[Example], seed: int, tokens: int) -> list[Example]:
-    """Examples in random order, cut to `_LONGEST`, until they have so many supervised tokens."""
-    chosen: list[Example] = []
-    stream = torch.Generator().manual_seed(derive_seed(seed, "student", "calibration"))
-    for i in torch.randperm(len(examples), generator=stream).tolist():
-        if tokens <= 0:
-            break
-        e = examples[i]
-        short = Example(e.id, e.tokens_T[:_LONGEST], e.mask_T[:_LONGEST], e.prompt_id, e.completion, e.teacher, e.split)
-        if short.supervised:
-            chosen.append(short)
-            tokens -= short.supervised
-    if not chosen:
-        found = f"{len(examples)} examples, none with an answer in its first {_LONGEST} tokens"
-        raise ModelError("there is nothing to measure layers on", [
-            Problem("student.choose", found, "at least one", "collect more, or set student.choose: even")
-        ])  # fmt: skip
-    return chosen
-
-
-@dataclass(frozen=True)
-class _Calibration:
-    """What layers are measured on: batches, and what the teacher says about their supervised positions."""
-
-    batches: list[Batch]
-    signals: list[SampledSignal]
-    own: float
-    """The teacher's own cross-entropy with its sample, nats over all positions."""
-
-    @property
-    def positions(self) -> int:
-        return sum(b.supervised for b in self.batches)
-
-
-def _calibrate(model: PreTrainedModel, examples: Sequence[Example], seed: int) -> _Calibration:
-    ranked = sorted(examples, key=lambda e: len(e.tokens_T))
-    batches = [collate(ranked[i : i + _BATCH], 0).to(model.device) for i in range(0, len(ranked), _BATCH)]
-    stream = torch.Generator().manual_seed(derive_seed(seed, "student", "signal"))
-    signals, own = [], 0.0
-    for batch in batches:
-        logits_NV = head_logits(model, _predicting(model, batch))
-        signals.append(from_logits(logits_NV, _TAU, generator=stream))
-        own += _nats(logits_NV, signals[-1])
-    return _Calibration(batches, signals, own)
-
-
-def _predicting(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Hidden states [N, D] at the positions that predict supervised tokens."""
-    return hidden_states(model, batch.tokens_BT)[batch.predict_BT]
-
-
-def _nats(logits_NV: Tensor, signal: SampledSignal) -> float:
-    """Cross-entropy of the sampled distribution with the logits', summed over the positions."""
-    rows_E, ids_E, weights_E, _ = signal.entries()
-    lse_N = torch.cat([rows.float().logsumexp(dim=1) for rows in logits_NV.split(_ROWS)])
-    surprise_E = lse_N[rows_E] - logits_NV[rows_E, ids_E].float()
-    return float((weights_E * surprise_E).double().sum())
-
-
-def _stray(
-    model: PreTrainedModel, calibration: _Calibration, how: Callable[[int], AbstractContextManager[None]]
-) -> float:
-    """KL(teacher || model), nats a token, with the model changed as `how` says for each batch."""
-    total = -calibration.own
-    for number, (batch, signal) in enumerate(zip(calibration.batches, calibration.signals, strict=True)):
-        with how(number):
-            hidden_ND = _predicting(model, batch)
-        first = 0
-        for piece_CD in hidden_ND.split(CHUNK):
-            total += _nats(head_logits(model, piece_CD), signal.slice(first, first + len(piece_CD)))
-            first += len(piece_CD)
-    return total / calibration.positions
-
-
-def _alone(model: PreTrainedModel, calibration: _Calibration, on_measured: Callable[[], None]) -> list[float]:
+def _alone(model: PreTrainedModel, calibration: Calibration, on_measured: Callable[[], None]) -> list[float]:
     """How far the model strays without each of its layers."""
     layers = list(range(len(stack_of(model).layers)))
     outputs = _outputs(model, calibration, layers)
@@ -201,7 +117,7 @@ def _alone(model: PreTrainedModel, calibration: _Calibration, on_measured: Calla
 
 def _without(
     model: PreTrainedModel,
-    calibration: _Calibration,
+    calibration: Calibration,
     kept: list[int],
     layer: int,
     outputs: list[dict[int, Any]],
@@ -211,11 +127,11 @@ def _without(
     """
     at = kept.index(layer)
     if at == 0:
-        return _stray(model, calibration, lambda _: only(model, kept[1:]))
-    return _stray(model, calibration, lambda b: after(model, kept[at + 1 :], outputs[b][kept[at - 1]]))
+        return stray(model, calibration, lambda _: only(model, kept[1:]))
+    return stray(model, calibration, lambda b: after(model, kept[at + 1 :], outputs[b][kept[at - 1]]))
 
 
-def _outputs(model: PreTrainedModel, calibration: _Calibration, kept: list[int]) -> list[dict[int, Any]]:
+def _outputs(model: PreTrainedModel, calibration: Calibration, kept: list[int]) -> list[dict[int, Any]]:
     """What each layer of the model with the layers `kept` returns, for each batch."""
     layers, gathered = stack_of(model).layers, []
     for batch in calibration.batches:
@@ -231,7 +147,7 @@ def _outputs(model: PreTrainedModel, calibration: _Calibration, kept: list[int])
     return gathered
 
 
-def _influence(model: PreTrainedModel, calibration: _Calibration) -> list[float]:
+def _influence(model: PreTrainedModel, calibration: Calibration) -> list[float]:
     layers = stack_of(model).layers
     scores = [0.0] * len(layers)
     for batch in calibration.batches:
@@ -254,13 +170,13 @@ def _hooked(
 
     handles = [layer.register_forward_hook(hook(i), with_kwargs=True) for i, layer in layers.items()]
     try:
-        _predicting(model, batch)
+        predicting(model, batch)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _greedy(model: PreTrainedModel, calibration: _Calibration, keep: int, on_measured: Callable[[], None]) -> Choice:
+def _greedy(model: PreTrainedModel, calibration: Calibration, keep: int, on_measured: Callable[[], None]) -> Choice:
     """Remove the least harmful layer, again and again.
 
     What a layer's removal adds to the divergence seldom falls while others go. So its last measured value,
