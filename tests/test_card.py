@@ -133,6 +133,21 @@ def test_it_rests_on_the_latest_entry_of_each_stage(told_run):
     assert [cells[2] for cells in table] == [entry_digest(e) for e in evidence.entries]
 
 
+def test_the_card_says_what_a_pruned_student_kept(told_run, tmp_path):
+    for (recipe, run), kept, narrow in (
+        (told_run, "20 of its 30 layers.", False),
+        (
+            tell(tmp_path / "narrow", Told(narrow=True)),
+            "20 of its 30 layers, and in each 6 of 9 attention heads and 1,024 of 1,536 MLP neurons.",
+            True,
+        ),
+    ):
+        card(recipe, run)
+        text = (run / "student" / "README.md").read_text(encoding="utf-8")
+        assert f"with {kept}\n" in text
+        assert ("Heads and neurons were kept by" in text) == narrow
+
+
 def test_the_card_is_no_part_of_the_student(told_run):
     recipe, run = told_run
     before = digest_path(run / "student")

@@ -9,6 +9,7 @@ import pytest
 import tiny
 from conftest import prompt_file, recipe_dict
 from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, Phi3Config
 
 from limbeck.errors import InputError, ModelError, PromptError
 from limbeck.ledger.canonical import digest_file, digest_path
@@ -103,6 +104,35 @@ def test_a_pruned_student_has_no_more_layers_than_its_teacher(given):
     ]
     given["student"]["layers"] = 4
     preflight(Recipe.model_validate(given))
+
+
+def test_a_pruned_student_is_no_wider_than_its_teacher(given):
+    ref = given["teacher"]["model"]
+    given["student"] = {"kind": "pruned", "layers": 5, "key_value_heads": 3, "intermediate_size": 65}
+    assert refused(given, ModelError) == [
+        ("student.layers", "5", f"at most 4, the layers of {ref}"),
+        ("student.key_value_heads", "3", f"at most 2, the key-value heads in each layer of {ref}"),
+        ("student.intermediate_size", "65", f"at most 64, the MLP neurons in each layer of {ref}"),
+    ]
+    given["student"] = {"kind": "pruned", "attention_heads": 2, "intermediate_size": 64}
+    preflight(Recipe.model_validate(given))
+
+
+def test_a_teacher_that_cannot_be_made_narrower_is_found_before_it_is_asked(given, tmp_path):
+    words = tiny.tokenizer()
+    config = Phi3Config(
+        vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "fused")
+    words.save_pretrained(tmp_path / "fused")
+    given["teacher"]["model"] = str(tmp_path / "fused")
+    given["student"] = {"kind": "pruned", "layers": 1}
+    preflight(Recipe.model_validate(given))
+    given["student"]["intermediate_size"] = 24
+    [(where, found, _)] = refused(given, ModelError)
+    assert where == "Phi3ForCausalLM, neurons"
+    assert "gate_up_proj" in found
 
 
 def other(path: Path, **changes) -> str:

@@ -14,7 +14,7 @@ import runs
 from told import FIGURES, Told, tell
 
 from limbeck.export.evidence import Step, read_evidence
-from limbeck.export.words import number
+from limbeck.export.words import number, percent
 from limbeck.ledger.canonical import canonical
 from limbeck.recipe import Recipe
 from limbeck.report.figures import loss_curve, running_mean
@@ -209,6 +209,19 @@ def test_in_plain_words_says_what_the_figures_say(told_run):
     assert "20 of the teacher's 30 layers" in text
     assert "3.4 times less likely" in text  # exp(1.2345) = 3.437
     assert "6.5 equally likely" in text
+
+
+def test_heads_and_neurons_that_went_are_told(tmp_path):
+    evidence = read_evidence(*tell(tmp_path / "run", Told(narrow=True)))
+    kept = "30 layers, and in each 6 of 9 attention heads and 1,024 of 1,536 MLP neurons"
+    text = " ".join(s.text for p in in_plain_words(evidence) for s in p)
+    share = percent(99_123_456 / 134_515_008)
+    assert f"The student kept 20 of the teacher's {kept}; that is {share} of the teacher's weights" in text
+    page = Page(render_report(evidence))
+    assert f"20 of its {kept}" in page.sections["Sides"]
+    rows = page.sections["Why it matters"]
+    assert re.search(r"MLP neurons.*1,536.*1,024.*66\.7\s%", rows, re.DOTALL)
+    assert "Key-value heads" not in rows, "all of them stayed"
 
 
 def test_what_was_not_scored_says_so_and_shows_no_zero(tmp_path):

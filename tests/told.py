@@ -48,9 +48,21 @@ class Told(NamedTuple):
     intervals: bool = True
     facts: bool = True
     drops: bool = True
+    narrow: bool = False
+    """Whether the student lost heads and neurons too."""
 
 
 PLAIN = Told()
+
+NARROW: dict[str, JsonValue] = {
+    "attention_heads": 6,
+    "teacher_attention_heads": 9,
+    "key_value_heads": 3,
+    "teacher_key_value_heads": 3,
+    "intermediate_size": 1024,
+    "teacher_intermediate_size": 1536,
+}
+"""What the student stage says of a narrower student, its layers' own facts left out."""
 
 
 def tell(root: Path, told: Told = PLAIN, *, until: str = "evaluate") -> tuple[Recipe, RunDir]:
@@ -257,6 +269,7 @@ def facts(told: Told) -> dict[str, dict[str, JsonValue]]:
             "layers_kept": list(range(20)),
             "layers_removed": list(range(20, 30)),
             "calibration_tokens": 512,
+            **(NARROW if told.narrow else {}),
         },
         "card": {"licence": "Apache-2.0"},
         "train": {"steps": 270, "tokens": 105_300, "first_loss": 5.3, "last_loss": 0.9},

@@ -17,6 +17,7 @@ from limbeck import __version__, models
 from limbeck.errors import ModelError
 from limbeck.evaluate.scores import NAMES
 from limbeck.export.evidence import Evidence, read_evidence
+from limbeck.export.pruning import kept_of, narrowed
 from limbeck.export.words import duration, interval, markdown, number, one_line, percent, several, size
 from limbeck.ledger.canonical import CARD
 from limbeck.recipe import PrunedStudent, Recipe
@@ -76,13 +77,20 @@ def card_text(evidence: Evidence, licence: str | None) -> str:
         evidence=evidence,
         licence=licence or "unknown",
         own=evidence.sizes.get("student"),
-        whole=evidence.count("student", "teacher_layers"),
+        kept=_kept(evidence),
+        narrowed=narrowed(evidence),
         drops=drops,
         settings=_settings(evidence),
         scores=scores,
         unscored=[score for score in evidence.scores if score.value is None],
         latest=evidence.latest,
     )  # fmt: skip
+
+
+def _kept(evidence: Evidence) -> str:
+    student = evidence.recipe.student
+    layers = student.layers if isinstance(student, PrunedStudent) else None
+    return kept_of(evidence, "its", layers, evidence.count("student", "teacher_layers"))
 
 
 def front_matter(recipe: Recipe, licence: str | None) -> str:

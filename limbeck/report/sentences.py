@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 from limbeck.export.evidence import Evidence
+from limbeck.export.pruning import kept_of
 from limbeck.export.words import one_line, percent, several
 from limbeck.recipe import PrunedStudent
 from limbeck.records import Score
@@ -89,8 +90,9 @@ def _size(evidence: Evidence) -> Sentence:
         return Sentence(f"The student has {own.layers} layers and {own.parameters:,} weights.", "evaluate")
     share = percent(own.parameters / whole.parameters)
     if isinstance(evidence.recipe.student, PrunedStudent):
-        kept = f"The student kept {own.layers} of the teacher's {whole.layers} layers, {share} of its weights"
-        return Sentence(f"{kept}, and lost the rest.", "student")
+        kept = kept_of(evidence, "the teacher's", own.layers, whole.layers)
+        text = f"The student kept {kept}; that is {share} of the teacher's weights, and the rest is gone."
+        return Sentence(text, "student")
     text = f"The student has {own.parameters:,} weights, {share} of the teacher's {whole.parameters:,}."
     return Sentence(text, "evaluate")
 

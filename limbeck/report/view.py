@@ -11,6 +11,7 @@ from pydantic import JsonValue
 
 from limbeck.evaluate.scores import NAMES, SUBJECTS
 from limbeck.export.evidence import Evidence, Size, Speed
+from limbeck.export.pruning import kept_of, narrowed
 from limbeck.export.words import interval, number, one_line, percent, several, size
 from limbeck.recipe import PrunedStudent
 from limbeck.records import Digest, Entry, Score
@@ -136,6 +137,11 @@ def sizes(evidence: Evidence) -> list[SizeRow]:
             ("Weights on disk", "", size, whole.bytes, own.bytes),
         ):
             rows.append(SizeRow(label, note, shown(a), shown(b), percent(b / a) if a else "not defined"))
+    for part in narrowed(evidence):
+        share = percent(part.kept / part.there)
+        rows.append(
+            SizeRow(part.name[0].upper() + part.name[1:], "in each layer", f"{part.there:,}", f"{part.kept:,}", share)
+        )
     fast, slow = evidence.speeds.get("student"), evidence.speeds.get("teacher")
     if fast and slow and slow.value:
         processor = evidence.facts("evaluate").get("processor")
@@ -249,8 +255,7 @@ def start(evidence: Evidence) -> str:
     """What the student was before it learned."""
     student, whole = evidence.recipe.student, evidence.count("student", "teacher_layers")
     if isinstance(student, PrunedStudent):
-        of = f"{student.layers} of its {whole}" if whole else f"{student.layers} of its"
-        return f"{evidence.recipe.teachers[0].name}, {of} layers"
+        return f"{evidence.recipe.teachers[0].name}, {kept_of(evidence, 'its', student.layers, whole)}"
     return student.model
 
 

@@ -7,7 +7,7 @@ The criterion of Minitron (Muralidharan et al., arXiv 2407.14679; Sreenivas et a
 
 Both are means over the positions that predict the answers' tokens: what stands in prompts or in padding is not
 looked at. Of all choices of heads that the key-value groups permit, the one with the largest sum of scores is
-taken. Unlike Minitron, nothing of the heads that go is added to those that stay.
+taken. Nothing of what goes is added to what stays.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from limbeck.student.calibrate import Calibration, predicting
 from limbeck.student.width import Heads, Kept, Width, attention_of, heads_of, mlps_of
 
 CRITERION = "activation"
+TOKENS = 2048
+"""Supervised tokens measured on: those that layers are measured on and more of the same, for all heads and neurons take
+one pass. docs/student.md has what it gains."""
 
 
 class Narrowing(NamedTuple):

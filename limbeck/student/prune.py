@@ -1,7 +1,8 @@
-"""The teacher as a smaller model: layers go first, then heads and neurons of the layers that stay.
+"""The teacher as a smaller model: without some of its layers, attention heads and MLP neurons.
 
-Layers are chosen on the whole teacher. Heads and neurons are then measured once, all of them together, in the model
-of the layers that stay: on the inputs that they will have.
+Everything is scored once, on the whole teacher, and then goes at once. So does the implementation of Minitron by
+its authors (NVIDIA Model Optimizer, modelopt/torch/prune/plugins/mcore_minitron.py: one forward loop gathers the
+activations and the layers' scores). How far the student strays is measured on the student, with all of it gone.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from transformers import PreTrainedModel
 
 from limbeck.recipe import PrunedStudent
 from limbeck.records import Example
-from limbeck.student.activation import Narrowing, choose_width
+from limbeck.student.activation import TOKENS, Narrowing, choose_width
 from limbeck.student.calibrate import calibrate, stray
 from limbeck.student.choose import MEASURED, Choice, all_layers, choose_layers
 from limbeck.student.layers import only
+from limbeck.student.narrow import narrow
 from limbeck.student.wanted import wanted
-from limbeck.student.width import Heads, Width, check_width, heads_of, narrow, neurons_of
+from limbeck.student.width import Heads, Width, check_width, heads_of, neurons_of
 
 
 class ChosenWidth(NamedTuple):
@@ -74,10 +76,11 @@ def pruned(
         with only(model, choice.kept):
             yield Pruned(model, choice, None)
         return
-    calibration = calibrate(model, examples, seed=seed)
+    calibration = calibrate(model, examples, seed=seed, tokens=TOKENS)
     there, neurons = heads_of(model.config), neurons_of(model.config)
+    every = choose_width(model, calibration, size.width)
+    layers = [every[i] for i in choice.kept]
     with only(model, choice.kept):
-        layers = choose_width(model, calibration, size.width)
         made = narrow(model, size.width, [layer.kept for layer in layers])
     far = stray(made, calibration)
     yield Pruned(made, choice, ChosenWidth(size.width, there, neurons, tuple(layers), far, calibration.positions))

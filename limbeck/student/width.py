@@ -1,4 +1,4 @@
-"""The width of a model's layers: their attention heads and MLP neurons, and the model with only some of them.
+"""The width of a model's layers: their attention heads and MLP neurons, and whether some of them can go.
 
 Known are decoder layers of Llama's pattern, which most models of transformers follow: attention by q_proj,
 k_proj, v_proj and o_proj, biased or not, norms over head_dim where there are any; an MLP of up_proj and down_proj, and
@@ -18,20 +18,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from limbeck.errors import ModelError, Problem
 from limbeck.student.layers import stack_of
-from limbeck.student.saving import quiet
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("up_proj", "down_proj")
-_PROBE = 16
-"""Tokens that a narrow model is compared on with the whole one."""
-_TOLERANCE = {True: 1e-3, False: 0.1}
-"""Largest mean difference of their logits, in standard deviations, by whether they compute in float32: narrower
-products are rounded otherwise."""
 _REMEDY = "leave this width out of student and remove layers instead, or use student: {kind: pretrained, ...}"
 
 
@@ -92,7 +87,7 @@ def attention_of(model: PreTrainedModel) -> list[Any]:
     heads = heads_of(model.config)
     if heads is None:
         found = _said(model.config, "num_attention_heads", "num_key_value_heads", "head_dim")
-        raise _unfit(
+        raise unfit(
             model, "attention heads", [found], "one number of heads for all layers, a multiple of the key-value heads"
         )
     wide, narrow = heads.attention * heads.dim, heads.key_value * heads.dim
@@ -109,7 +104,7 @@ def mlps_of(model: PreTrainedModel) -> list[Any]:
     """
     neurons = neurons_of(model.config)
     if neurons is None:
-        raise _unfit(
+        raise unfit(
             model, "neurons", [_said(model.config, "intermediate_size")], "one intermediate_size for all layers"
         )
     return _modules(model, "neurons", _MLP, {"gate_proj": neurons, "up_proj": neurons}, {"down_proj": neurons}, None)
@@ -132,16 +127,25 @@ def check_width(model: PreTrainedModel, width: Width) -> None:
                 problems += error.problems
     if problems:
         raise ModelError("the teacher's layers cannot be made narrower", problems)
-    config = narrowed(model.config, width)
-    try:
-        with torch.device("meta"):
-            made = type(model)._from_config(config)
-    except (ValueError, TypeError, RuntimeError) as error:
-        # transformers has no error of its own for numbers that a class cannot have.
-        raise _unfit(model, "heads or neurons", [str(error)], "a class that can have this width") from error
+    made = _made(model, narrowed(model.config, width))
     for wanted, find in ((width.heads, attention_of), (width.neurons, mlps_of)):
         if wanted is not None:
             find(made)
+
+
+def _made(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without weights, as the configuration will make it when it is loaded again."""
+    try:
+        read = type(config).from_dict(config.to_dict())
+        with torch.device("meta"):
+            return type(model)._from_config(read)
+    except (ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
+        # transformers has no error of its own for numbers that a class cannot have.
+        found = " ".join(str(error).split())
+        expected = (
+            "numbers that transformers loads; for Llama, a number of attention heads that divides the hidden size"
+        )
+        raise unfit(model, "heads or neurons", [found], expected, f"set another number, or {_REMEDY}") from error
 
 
 def narrowed(config: PreTrainedConfig, width: Width) -> PreTrainedConfig:
@@ -153,103 +157,6 @@ def narrowed(config: PreTrainedConfig, width: Width) -> PreTrainedConfig:
     if width.neurons is not None:
         text.intermediate_size = width.neurons
     return made
-
-
-def narrow(model: PreTrainedModel, width: Width, kept: Sequence[Kept]) -> PreTrainedModel:
-    """A model with only these heads and neurons in its layers, their weights bit for bit; what is not cut may
-    share its memory with `model`, which stays as it is.
-
-    Raises:
-        ModelError: what `check_width` raises, or weights that do not fit the model made from the configuration.
-
-    """
-    config = narrowed(model.config, width)
-    with quiet():
-        both: Any = type(model).from_pretrained(
-            None, config=config, state_dict=_cut(model, width, kept), dtype=model.dtype, output_loading_info=True
-        )  # fmt: skip
-    made, told = both
-    wrong = {*told["missing_keys"], *told["unexpected_keys"], *(str(m[0]) for m in told["mismatched_keys"])}
-    if wrong:
-        found = f"{len(wrong)} weights that do not fit its configuration: {', '.join(sorted(map(str, wrong))[:4])}"
-        raise _unfit(model, "heads or neurons", [found], "the weights that its configuration speaks of")
-    made.generation_config = copy.deepcopy(model.generation_config)
-    made.to(model.device).requires_grad_(False).eval()
-    _prove(model, made, kept)
-    return made
-
-
-def _cut(model: PreTrainedModel, width: Width, kept: Sequence[Kept]) -> dict[str, Tensor]:
-    """The model's weights, by name, those of heads and neurons that go left out."""
-    names = {id(module): name for name, module in model.named_modules()}
-    weights: dict[str, Tensor] = dict(model.state_dict())
-
-    def select(module: nn.Module, dim: int, which: Tensor) -> None:
-        for name in ("weight", "bias"):
-            key = f"{names[id(module)]}.{name}"
-            if key in weights and weights[key].dim() > dim:
-                weights[key] = weights[key].index_select(dim, which.to(weights[key].device)).contiguous()
-
-    if width.heads is not None:
-        for attention, layer in zip(attention_of(model), kept, strict=True):
-            queries, pairs = (_rows(some, width.heads.dim) for some in (layer.attention_heads, layer.key_value_heads))
-            select(attention.q_proj, 0, queries)
-            select(attention.k_proj, 0, pairs)
-            select(attention.v_proj, 0, pairs)
-            select(attention.o_proj, 1, queries)
-    if width.neurons is not None:
-        for mlp, layer in zip(mlps_of(model), kept, strict=True):
-            neurons = torch.tensor(layer.neurons)
-            for map_ in (mlp.up_proj, getattr(mlp, "gate_proj", None)):
-                if map_ is not None:
-                    select(map_, 0, neurons)
-            select(mlp.down_proj, 1, neurons)
-    return weights
-
-
-def _prove(model: PreTrainedModel, made: PreTrainedModel, kept: Sequence[Kept]) -> None:
-    """Compare the narrow model with the whole one in which what goes is silenced, which has to say the same: a
-    class whose arithmetic depends on its width in another way would be another model.
-    """
-    config = model.config.get_text_config()
-    tokens_1T = torch.arange(_PROBE, device=model.device)[None] % config.vocab_size
-    handles = _silence(model, kept)
-    try:
-        with torch.inference_mode():
-            silenced, narrow_ = (m(input_ids=tokens_1T, use_cache=False).logits.double() for m in (model, made))
-    finally:
-        for handle in handles:
-            handle.remove()
-    difference = float((silenced - narrow_).abs().mean() / silenced.std())
-    if not difference < _TOLERANCE[model.dtype == torch.float32]:
-        found = f"logits that differ by {difference:.2g} standard deviations from the model's with the rest silenced"
-        raise _unfit(model, "heads or neurons", [found], "the same logits")
-
-
-def _silence(model: PreTrainedModel, kept: Sequence[Kept]) -> list[Any]:
-    """Hooks that set what the heads and neurons that go give to 0."""
-    heads = heads_of(model.config)
-    pairs = []
-    if heads is not None and kept[0].attention_heads is not None:
-        some = [_rows(layer.attention_heads, heads.dim) for layer in kept]
-        pairs += zip([attention.o_proj for attention in attention_of(model)], some, strict=True)
-    if kept[0].neurons is not None:
-        pairs += zip([mlp.down_proj for mlp in mlps_of(model)], [torch.tensor(k.neurons) for k in kept], strict=True)
-
-    def mask(stays: Tensor) -> Any:
-        def hook(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            mask_D = torch.zeros(given[0].shape[-1], dtype=given[0].dtype, device=given[0].device)
-            mask_D[stays.to(mask_D.device)] = 1
-            return (given[0] * mask_D, *given[1:])
-
-        return hook
-
-    return [map_.register_forward_pre_hook(mask(stays)) for map_, stays in pairs]
-
-
-def _rows(heads: tuple[int, ...] | None, dim: int) -> Tensor:
-    """The rows of a projection that belong to these heads."""
-    return (torch.tensor(heads)[:, None] * dim + torch.arange(dim)).flatten()
 
 
 def _modules(
@@ -276,7 +183,7 @@ def _modules(
         found.append(fitting[0])
     if problems:
         expected = f"one module with {', '.join(names)} in each layer, and no other weights that depend on the {what}"
-        raise _unfit(model, what, problems, expected)
+        raise unfit(model, what, problems, expected)
     return found
 
 
@@ -312,7 +219,8 @@ def _said(config: PreTrainedConfig, *names: str) -> str:
     return ", ".join(f"{name}: {getattr(text, name, 'not there')}" for name in names)
 
 
-def _unfit(model: PreTrainedModel, what: str, found: Sequence[str], expected: str) -> ModelError:
+def unfit(model: PreTrainedModel, what: str, found: Sequence[str], expected: str, remedy: str = _REMEDY) -> ModelError:
+    """The error for a model whose heads or neurons, `what`, cannot be cut; `found` says why, each reason once."""
     told = "; ".join(dict.fromkeys(found))
-    problem = Problem(f"{type(model).__name__}, {what}", told, expected, _REMEDY)
+    problem = Problem(f"{type(model).__name__}, {what}", told, expected, remedy)
     return ModelError("the teacher's layers cannot be made narrower", [problem])
