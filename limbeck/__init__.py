@@ -17,7 +17,7 @@ The way of the data is the map of the package; `limbeck.run` (the module) holds 
     render      chat template to tokens and loss mask
     signal      what the teacher says about every supervised position
     student     how a student begins
-    train       losses, the fused loss, the trainer
+    train       losses, the fused loss, rollouts, the trainer
     evaluate    scores with intervals
     export      the model card
     report      what a person reads

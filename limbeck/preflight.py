@@ -121,6 +121,10 @@ def _check_references(recipe: Recipe, errors: list[InputError]) -> None:
     """What can be said of the models before one is fetched."""
     from limbeck.models import check_reference
 
+    if recipe.train.adapter and find_spec("peft") is None:
+        remedy = "pip install 'limbeck[adapter]', or remove train.adapter"
+        problem = Problem("train.adapter", "this Python is without peft", "what makes adapters", remedy)
+        errors.append(ModelError("a package is missing", [problem]))
     if missing := [name for name in _PACKAGES if find_spec(name) is None]:
         problem = Problem(
             "this Python",

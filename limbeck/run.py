@@ -14,9 +14,11 @@ import os
 import pkgutil
 import shutil
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from limbeck import ranks
 from limbeck.ledger.canonical import digest_path, manifest
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ class Stage(NamedTuple):
     """What only this stage needs while it works; removed when the ledger has its entry."""
     shows_notes: bool = False
     """Whether a new signed note makes it due again."""
+    together: bool = False
+    """Whether all processes take part, where several were started (`limbeck.ranks`)."""
     signs: Kind | None = None
     """The moment that is signed once this stage and those before it are done."""
 
@@ -68,6 +72,7 @@ STAGES = (
         ("beginning", "examples", "signals"),
         ("student", "training.json", "rollouts.parquet"),
         scratch=("checkpoints",),
+        together=True,
         signs="training-done",
     ),
     Stage(
@@ -143,6 +148,9 @@ def run(
     recipe = load_recipe(recipe) if isinstance(recipe, str | os.PathLike) else recipe
     if until not in (names := [stage.name for stage in STAGES]):
         raise InputError("no such stage", [Problem("until", until, f"one of {', '.join(names)}")])
+    if not ranks.first():
+        ranks.follow(partial(_together, recipe, out))
+        return open_result(out)
     refuse_unfit(out, recipe)
     sources = preflight(recipe)
     with open_run(out, recipe, progress) as held, Ledger(held / "ledger.db") as ledger:
@@ -153,6 +161,7 @@ def run(
                 sign_if_due(ledger, stage.signs, recipe, names[: place + 1])
             if stage.name == until:
                 break
+    ranks.dismiss()
     return open_result(out)
 
 
@@ -169,6 +178,8 @@ def _advance(stage: Stage, recipe: Recipe, run: RunDir, ledger: Ledger, sources:
         _clear(stage, run)
         return
     started = datetime.now(UTC)
+    if stage.together:
+        ranks.call()
     facts = pkgutil.resolve_name(stage.work)(recipe, run)
     outputs = {name: digest_path(run / name) for name in stage.writes}
     facts |= {"manifests": {name: manifest(run / name) for name in stage.writes if (run / name).is_dir()}}
@@ -183,6 +194,14 @@ def _advance(stage: Stage, recipe: Recipe, run: RunDir, ledger: Ledger, sources:
         leaves=leaves,
     )
     _clear(stage, run)
+
+
+def _together(recipe: Recipe, out: str | os.PathLike[str]) -> None:
+    """The part of a process that is not the first, in the one stage that all take part in."""
+    from limbeck.rundir import RunDir
+
+    (stage,) = (stage for stage in STAGES if stage.together)
+    pkgutil.resolve_name(stage.work)(recipe, RunDir(out))
 
 
 def _clear(stage: Stage, run: RunDir) -> None:

@@ -24,6 +24,7 @@ FOUNDATION = {
     "rundir",
     "tables",
     "progress",
+    "ranks",
     "ledger",
     "terms",
     "models",

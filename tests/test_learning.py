@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from test_train import kill_after_checkpoints
 from transformers import AutoModelForCausalLM
 
 from limbeck import run as run_recipe
@@ -208,18 +204,7 @@ def test_killed_while_writing_and_learning_it_ends_with_the_same_bits(tiny_run, 
         prepared(tiny_run, tmp_path / name, loss="reverse_kl", on_policy=ON_POLICY, epochs=3)
     whole, killed = RunDir(tmp_path / "whole"), RunDir(tmp_path / "killed")
     train(whole.recipe(), whole)
-    command = [sys.executable, "-c", TRAIN, str(killed.root)]
-    for wanted in (1, 2):
-        process = subprocess.Popen(command)
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if len(list((killed / "checkpoints").glob("checkpoint-*/complete"))) >= wanted:
-                os.kill(process.pid, signal.SIGKILL)
-                break
-            time.sleep(0.005)
-        process.wait()
-    assert (killed / "checkpoints").exists()
-    subprocess.run(command, check=True)
+    kill_after_checkpoints(TRAIN, killed, (1, 2))
     assert curve(whole) == curve(killed)
     a, b = (load_file(run / "student" / "model.safetensors") for run in (whole, killed))
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())

@@ -150,26 +150,31 @@ train(run.recipe(), run)
 """
 
 
+def kill_after_checkpoints(code: str, run: RunDir, counts: tuple[int, ...]) -> None:
+    """Run `code`, kill -9 it when so many checkpoints are complete, for each count; then let it come to its end."""
+    command = [sys.executable, "-c", code, str(run.root)]
+    resumed_from = []
+    for wanted in counts:
+        process = subprocess.Popen(command)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(list((run / "checkpoints").glob("checkpoint-*/complete"))) >= wanted:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        process.wait()
+        found = last_checkpoint(run / "checkpoints")
+        resumed_from.append(found.name if found else None)
+    subprocess.run(command, check=True)
+    assert all(resumed_from)
+
+
 def test_killed_and_resumed_training_ends_with_the_same_bits(tiny_run, tmp_path):
     """Trap 18, float32 on the CPU: kill -9 at several moments, resume, compare every weight and the loss curve."""
     for name in ("whole", "killed"):
         shutil.copytree(tiny_run, tmp_path / name)
     train(RunDir(tmp_path / "whole").recipe(), RunDir(tmp_path / "whole"))
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
-    resumed_from = []
-    for wanted in (1, 2):
-        process = subprocess.Popen(command)
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if len(list((tmp_path / "killed" / "checkpoints").glob("checkpoint-*/complete"))) >= wanted:
-                os.kill(process.pid, signal.SIGKILL)
-                break
-            time.sleep(0.005)
-        process.wait()
-        found = last_checkpoint(tmp_path / "killed" / "checkpoints")
-        resumed_from.append(found.name if found else None)
-    subprocess.run(command, check=True)
-    assert all(resumed_from)
+    kill_after_checkpoints(KILLED, RunDir(tmp_path / "killed"), (1, 2))
     whole, killed = RunDir(tmp_path / "whole"), RunDir(tmp_path / "killed")
     assert curve(whole) == curve(killed)
     for name, tensor in weights(whole).items():

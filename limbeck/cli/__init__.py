@@ -94,6 +94,7 @@ def _advance_to(
 ) -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    from limbeck import ranks
     from limbeck.cli.show import as_text, standing
     from limbeck.progress import Progress
     from limbeck.recipe_file import load_recipe
@@ -102,6 +103,8 @@ def _advance_to(
     with writing(out):
         resolved = load_recipe(recipe, overrides or ())
         run_stages(resolved, out, until=stage, progress=Progress.terminal(), offline=offline)
+    if not ranks.first():
+        return
     result = standing(out)
     typer.echo(result.to_json() if as_json else as_text(result, facts=False))
 

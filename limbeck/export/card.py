@@ -20,7 +20,7 @@ from limbeck.export.evidence import Evidence, read_evidence
 from limbeck.export.pruning import kept_of, narrowed
 from limbeck.export.words import duration, interval, markdown, number, one_line, percent, several, size
 from limbeck.ledger.canonical import CARD
-from limbeck.recipe import PrunedStudent, Recipe
+from limbeck.recipe import OnPolicy, PrunedStudent, Recipe
 from limbeck.rundir import RunDir, atomic
 
 HUB_LICENCES = frozenset({
@@ -116,6 +116,8 @@ def _settings(evidence: Evidence) -> list[tuple[str, str]]:
     return [
         ("Loss", settings.loss_in_words),
         ("Signal", f"{signal.kind}, tau {signal.tau:g}" if signal.kind == "sampled" else signal.kind),
+        *_own_answers(settings.on_policy),
+        *([] if settings.adapter is None else [("Adapter", f"LoRA of rank {settings.adapter.rank}, merged")]),
         ("Temperature of the loss", f"{settings.temperature:g}"),
         ("Epochs", f"{settings.epochs:g}"),
         ("Sequences a step", f"{settings.batch_size:,}"),
@@ -130,6 +132,15 @@ def _settings(evidence: Evidence) -> list[tuple[str, str]]:
         ("Time", "not recorded" if done.seconds is None else duration(done.seconds)),
         ("Seed of the run", f"{evidence.recipe.seed}"),
     ]
+
+
+def _own_answers(own: OnPolicy | None) -> list[tuple[str, str]]:
+    """What share of its training sequences the student wrote itself."""
+    if own is None:
+        return []
+    start = own.share if own.share_at_start is None else own.share_at_start
+    changes = "" if start == own.share else f"{percent(start)} of a step's sequences at first, "
+    return [("Written by the student itself", f"{changes}{percent(own.share)} of a step's sequences at the end")]
 
 
 def _environment() -> Environment:

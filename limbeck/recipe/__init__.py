@@ -24,6 +24,7 @@ from limbeck.recipe.parts import WHOLE, NonNegativeFloat, NonNegativeInt, Part, 
 from limbeck.recipe.teachers import AnthropicTeacher as AnthropicTeacher
 from limbeck.recipe.teachers import EndpointTeacher, LocalTeacher, Teacher, endpoint_problems
 from limbeck.recipe.teachers import OpenAITeacher as OpenAITeacher
+from limbeck.recipe.train import Adapter as Adapter
 from limbeck.recipe.train import HiddenSignalSettings as HiddenSignalSettings
 from limbeck.recipe.train import LossTerm as LossTerm
 from limbeck.recipe.train import OnPolicy as OnPolicy

@@ -102,6 +102,19 @@ class OnPolicy(Part):
     """
 
 
+class Adapter(Part):
+    """A low-rank adapter learns, and the student's own weights stay; it is added into them at the end."""
+
+    rank: PositiveInt = 16
+    """Rank of the matrices that are added."""
+    alpha: PositiveInt = 32
+    """They are scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1), NUMBER] = 0.0
+    """Dropout before the adapter."""
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """The layers that get one: every linear layer but the head, or those whose names end so."""
+
+
 class Train(Part):
     """How the student learns."""
 
@@ -115,6 +128,8 @@ class Train(Part):
     """Whether the student learns from its own answers too; null learns from the teacher's only."""
     temperature: PositiveFloat = 1.0
     """Softens both distributions before they are compared; 1 leaves them as they are."""
+    adapter: Adapter | None = None
+    """Learn a low-rank adapter (LoRA) instead of all weights: less memory; null learns all of them."""
     epochs: PositiveFloat = 2
     """Passes over the training examples; a fraction is allowed."""
     learning_rate: PositiveFloat = 3e-4

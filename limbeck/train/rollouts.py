@@ -7,8 +7,7 @@ resumed run takes from the journal what is there. What the teacher would have sa
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import count
 from typing import Literal, NamedTuple
 
@@ -17,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from limbeck import models
+from limbeck import models, ranks
 from limbeck.collect.journal import Journal
 from limbeck.collect.teachers import Answer, Request
 from limbeck.errors import Problem, RecipeError
@@ -27,6 +26,7 @@ from limbeck.recipe import OnPolicy
 from limbeck.records import Digest, Example, Rollout, Split
 from limbeck.render.examples import make_example
 from limbeck.seeds import derive_seed
+from limbeck.train.adapter import merged_copy
 from limbeck.train.schedule import Schedule
 
 
@@ -81,18 +81,18 @@ class Rollouts:
         examples: Sequence[Example],
         schedule: Schedule,
         settings: OnPolicy,
-        journal: Journal,
+        journal: Journal | None,
         made_from: Digest,
         seed: int,
         dtype: torch.dtype,
-        snapshot: Callable[[PreTrainedModel], PreTrainedModel] = copy.deepcopy,
     ):
-        """`model` is the student as it learns; it writes in `dtype`, as the copy of it that `snapshot` makes.
+        """`model` is the student as it learns; a copy of it writes, in `dtype`. Of several processes only the first
+        has the journal.
 
         Raises:
             RecipeError: prompts that leave no room for an answer (all of them).
         """
-        self._model, self._tokenizer, self._snapshot, self._dtype = model, tokenizer, snapshot, dtype
+        self._model, self._tokenizer, self._dtype = model, tokenizer, dtype
         self._examples, self._schedule, self._settings = examples, schedule, settings
         self._journal, self._made_from, self._seed = journal, made_from, seed
         self._held: dict[int, list[Example]] = {}
@@ -103,10 +103,10 @@ class Rollouts:
         if step not in self._held:
             first = step - step % self._settings.every
             slots = [slot for s in self._stretch(first) for slot in self._slots(s)]
-            self._write(slots)
-            self._held = {
-                s: [self._example(slot) for slot in slots if slot.body.step == s] for s in self._stretch(first)
-            }
+            raws = self._raws(slots)
+            self._held = {s: [] for s in self._stretch(first)}
+            for slot in slots:
+                self._held[slot.body.step].append(_example(slot, raws[slot.request.key]))
         return self._held[step]
 
     def records(self) -> list[Rollout]:
@@ -135,16 +135,31 @@ class Rollouts:
             made.append(_Slot(Request.of(body.model_dump(mode="json")), body, parent))
         return made
 
-    def _write(self, slots: Sequence[_Slot]) -> None:
-        """Has the student answer what the journal lacks; all of it is on the disk when this returns."""
-        missing = set(self._journal.missing([slot.request.key for slot in slots]))
+    def _raws(self, slots: Sequence[_Slot]) -> dict[Digest, bytes]:
+        """The raw answers, in every process. What the journal lacks is written, each process a share of it, and is on
+        the disk when this returns.
+        """
+        there, missing = {}, set[Digest]()
+        if self._journal is not None:
+            missing = set(self._journal.missing([slot.request.key for slot in slots]))
+            there = {s.request.key: self._journal.get(s.request.key).raw for s in slots if s.request.key not in missing}
+        missing = ranks.share(missing)
         # The longest prompts first, so that what does not fit into memory shows at once.
         todo = sorted(
             (s for s in slots if s.request.key in missing), key=lambda s: (-len(s.body.tokens), s.request.key)
         )
+        written = [
+            answer for share in ranks.collect(self._write(todo[ranks.rank() :: ranks.count()])) for answer in share
+        ]
+        if self._journal is not None and written:
+            self._journal.put_group(written)
+        return ranks.share(there) | {answer.request.key: answer.raw for answer in written}
+
+    def _write(self, todo: Sequence[_Slot]) -> list[Answer]:
+        """Has the student answer."""
         if not todo:
-            return
-        writer = self._snapshot(self._model).to(dtype=self._dtype)  # pyright: ignore[reportCallIssue]
+            return []
+        writer = merged_copy(self._model).to(dtype=self._dtype)  # pyright: ignore[reportCallIssue]
         writer.requires_grad_(requires_grad=False)
         settings = self._settings
         written = sample_batch(
@@ -154,7 +169,7 @@ class Rollouts:
             stop_ids=models.stop_ids(writer, self._tokenizer),  # pyright: ignore[reportArgumentType]
             seeds=[derive_seed(self._seed, "rollout", slot.request.key) for slot in todo],
         )
-        self._journal.put_group([Answer(s.request, self._raw(w)) for s, w in zip(todo, written, strict=True)])
+        return [Answer(s.request, self._raw(w)) for s, w in zip(todo, written, strict=True)]
 
     def _raw(self, generated: Generated) -> bytes:
         tokens = [*generated.tokens, *([] if generated.stop_token is None else [generated.stop_token])]
@@ -164,20 +179,8 @@ class Rollouts:
         answer = RolloutAnswer(tokens=tuple(tokens), text=str(text), finish_reason=generated.finish_reason)
         return canonical(answer.model_dump(mode="json"))
 
-    def _example(self, slot: _Slot) -> Example:
-        found = self._journal.get(slot.request.key)
-        answer = RolloutAnswer.model_validate_json(found.raw)
-        tokens_T = np.array([*slot.body.tokens, *answer.tokens], dtype=np.int32)
-        return make_example(
-            tokens_T,
-            np.arange(len(tokens_T)) >= len(slot.body.tokens),
-            prompt_id=slot.parent.prompt_id,
-            completion=slot.request.key,
-            teacher=slot.parent.teacher,
-            split=Split.TRAIN,
-        )
-
     def _record(self, slot: _Slot) -> Rollout:
+        assert self._journal is not None
         found = self._journal.get(slot.request.key)
         answer = RolloutAnswer.model_validate_json(found.raw)
         return Rollout(
@@ -204,6 +207,19 @@ class Rollouts:
             remedy = "lower it, or lower train.max_length to leave long prompts out"
             problem = Problem("train.on_policy.max_tokens", str(self._settings.max_tokens), expected, remedy)
             raise RecipeError("the student has no room to answer", [problem])
+
+
+def _example(slot: _Slot, raw: bytes) -> Example:
+    answer = RolloutAnswer.model_validate_json(raw)
+    tokens_T = np.array([*slot.body.tokens, *answer.tokens], dtype=np.int32)
+    return make_example(
+        tokens_T,
+        np.arange(len(tokens_T)) >= len(slot.body.tokens),
+        prompt_id=slot.parent.prompt_id,
+        completion=slot.request.key,
+        teacher=slot.parent.teacher,
+        split=Split.TRAIN,
+    )
 
 
 def prompt_length(example: Example) -> int:

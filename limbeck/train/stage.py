@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import JsonValue
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback,
 from transformers.trainer_utils import SchedulerType
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from limbeck import models
+from limbeck import models, ranks
 from limbeck import recipe as recipe_
 from limbeck.collect.journal import Journal
 from limbeck.ledger.canonical import digest_json, digest_path
@@ -27,6 +28,7 @@ from limbeck.signal.annotate import signal_key
 from limbeck.signal.head import head_of
 from limbeck.signal.store import SignalStore
 from limbeck.tables import write_records
+from limbeck.train.adapter import adapted, merged_copy
 from limbeck.train.feed import Feed
 from limbeck.train.losses import Loss, check_pairing
 from limbeck.train.rollouts import Rollouts
@@ -46,14 +48,13 @@ def train(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
     check_pairing(loss, store.manifest.kind, allow_biased=settings.allow_biased)
     schedule = _schedule(recipe, examples)
     dtype = models.precision_dtype(settings.precision)
-    model = AutoModelForCausalLM.from_pretrained(
-        run / "beginning", dtype=torch.float32, **({"attn_implementation": "flash_attention_2"} if varlen() else {})
-    )
-    head_of(model)  # proves the head in parts now: under the trainer's autocast its products would be rounded
+    model = _student(recipe, run, dtype)
     tokenizer = models.load_tokenizer(str(run / "beginning"))
-    made_from = _forget_other_checkpoints(run, recipe, schedule)
-    resume = last_checkpoint(run / "checkpoints")
-    with Journal(run / "journal.db") as journal, run.progress.line("train", len(schedule.steps), "steps") as line:
+    made_from = _made_from(run, recipe, schedule)
+    if ranks.first():
+        _forget_other_checkpoints(run, made_from)
+    resume = ranks.share(last_checkpoint(run / "checkpoints") if ranks.first() else None)
+    with _journal(run) as journal, run.progress.line("train", len(schedule.steps), "steps") as line:
         rollouts = settings.on_policy and Rollouts(
             model,
             tokenizer,
@@ -70,6 +71,8 @@ def train(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
             schedule,
             own_answers=rollouts.answers if rollouts else None,
             accumulate=settings.accumulate,
+            process=ranks.rank(),
+            processes=ranks.count(),
             packed=packed(settings.layout),
         )
         trainer = DistillationTrainer(
@@ -84,9 +87,43 @@ def train(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        weights = cast(
+            "dict[str, torch.Tensor]", trainer.accelerator.get_state_dict(trainer.model)
+        )  # takes every process
+        padding = _padding(feed)
+        if not ranks.first():
+            return {}
         write_records(run / "rollouts.parquet", rollouts.records() if rollouts else (), Rollout)
-    _save_student(model, tokenizer, run, dtype)
-    return _record(recipe, run, trainer.state.log_history, model, schedule, examples, dtype, feed)
+    _save_student(model, weights, tokenizer, run, dtype)
+    return _record(recipe, run, trainer.state.log_history, model, schedule, examples, dtype, padding)
+
+
+def _student(recipe: Recipe, run: RunDir, dtype: torch.dtype) -> PreTrainedModel:
+    """The student as it begins: float32 weights that learn, or weights in `dtype` with an adapter that learns."""
+    adapter = recipe.train.adapter
+    model = AutoModelForCausalLM.from_pretrained(
+        run / "beginning",
+        dtype=dtype if adapter else torch.float32,
+        **({"attn_implementation": "flash_attention_2"} if varlen() else {}),
+    )
+    head_of(model)  # proves the head in parts now: under the trainer's autocast its products would be rounded
+    if adapter is None:
+        return model
+    torch.manual_seed(derive_seed(recipe.seed, "train", "adapter") % 2**32)
+    return adapted(model, adapter)
+
+
+def _journal(run: RunDir) -> Journal | nullcontext[None]:
+    """Held by the first process only; what it holds, the others are told."""
+    return Journal(run / "journal.db") if ranks.first() else nullcontext()
+
+
+def _padding(feed: Feed) -> float:
+    """Share of the positions computed, over all processes, that hold no token."""
+    tokens, positions = (
+        sum(part) for part in zip(*ranks.collect((feed.counts.tokens, feed.counts.positions)), strict=True)
+    )
+    return 1 - tokens / positions if positions else 0.0
 
 
 def _schedule(recipe: Recipe, examples: ExampleSet) -> Schedule:
@@ -96,7 +133,7 @@ def _schedule(recipe: Recipe, examples: ExampleSet) -> Schedule:
         [len(e.tokens_T) for e in examples.train],
         batch_size=settings.batch_size,
         epochs=settings.epochs,
-        pieces=settings.accumulate,
+        pieces=settings.accumulate * ranks.count(),
         seed=derive_seed(recipe.seed, "train", "order"),
         own=(start or 0.0, own.share if own else 0.0),
     )
@@ -135,18 +172,19 @@ def _source(recipe: Recipe, store: SignalStore) -> SignalSource:
     return LiveTeacher(model, store.manifest.key.vocab_size)
 
 
-def _forget_other_checkpoints(run: RunDir, recipe: Recipe, schedule: Schedule) -> Digest:
-    """Checkpoints are resumed from only if they were made from the same beginning, examples, signals and order. Returns
-    the digest of all these.
-    """
-    made_from = [digest_path(run / name) for name in ("beginning", "examples", "signals")]
-    key = digest_json([recipe.digest, schedule.digest, *made_from])
+def _made_from(run: RunDir, recipe: Recipe, schedule: Schedule) -> Digest:
+    """Digest of all that a step depends on: recipe, order, number of processes, beginning, examples and signals."""
+    read = [digest_path(run / name) for name in ("beginning", "examples", "signals")]
+    return digest_json([recipe.digest, schedule.digest, ranks.count(), *read])
+
+
+def _forget_other_checkpoints(run: RunDir, key: Digest) -> None:
+    """Checkpoints are resumed from only if they were made from the same things."""
     mark = run / "checkpoints" / "made_from"
     if not mark.is_file() or mark.read_text(encoding="utf-8") != key:
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
         with atomic(mark) as half:
             half.write_text(key, encoding="utf-8")
-    return key
 
 
 def arguments(recipe: Recipe, directory: Path, steps: int, dtype: torch.dtype) -> TrainingArguments:
@@ -174,6 +212,7 @@ def arguments(recipe: Recipe, directory: Path, steps: int, dtype: torch.dtype) -
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,
         activation_checkpointing=settings.activation_checkpointing,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
@@ -195,11 +234,19 @@ class _Show(TrainerCallback):
             self._line.note(f"loss {logs['loss']:.3f} nats a token")
 
 
-def _save_student(model: PreTrainedModel, tokenizer, run: RunDir, dtype: torch.dtype) -> None:
+def _save_student(
+    model: PreTrainedModel, weights: dict[str, torch.Tensor], tokenizer, run: RunDir, dtype: torch.dtype
+) -> None:
+    """`weights` are the model's, whole, wherever its parts lie. An adapter is saved beside its sum with the model."""
     with atomic(run / "student") as half:
-        model.to(dtype=dtype)  # pyright: ignore[reportCallIssue]
+        if hasattr(model, "peft_config"):
+            model.save_pretrained(half / "adapter")
+            model = merged_copy(model)
+            weights = model.state_dict()
         model.config.use_cache = True
-        model.save_pretrained(half)
+        model.config.dtype = dtype
+        narrow = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
+        model.save_pretrained(half, state_dict=narrow)
         tokenizer.save_pretrained(half)
 
 
@@ -211,7 +258,7 @@ def _record(
     schedule: Schedule,
     examples: ExampleSet,
     dtype: torch.dtype,
-    feed: Feed,
+    padding: float,
 ) -> dict[str, JsonValue]:
     """Writes the loss curve; returns the facts of the stage."""
     rows = [row for row in history if "loss" in row]
@@ -233,9 +280,11 @@ def _record(
         "examples": len(examples.train),
         "tokens": rows[-1]["tokens"],
         "seconds": rows[-1]["seconds"],
-        "padding": feed.counts.padding,
+        "padding": padding,
+        "processes": ranks.count(),
         "order": schedule.digest,
         "parameters": model.num_parameters(),
+        "parameters_trained": model.num_parameters(only_trainable=True),
     }
     with atomic(run / "training.json") as half:
         half.write_text(json.dumps({"steps": steps} | facts, indent=1), encoding="utf-8")

@@ -19,10 +19,12 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from limbeck import ranks
 from limbeck.models.attention import fast_attention
 from limbeck.render.batches import Batch
 from limbeck.signal.head import head_of, hidden_states
 from limbeck.signal.types import Signal, TextSignal
+from limbeck.train.adapter import inner
 from limbeck.train.feed import Feed, MicroBatch
 from limbeck.train.fused import fused_loss
 from limbeck.train.losses import LossSpec, terms_of
@@ -90,7 +92,7 @@ class DistillationTrainer(Trainer):
 
         def nats() -> torch.Tensor:
             # One call of the wrapper for all passes: it synchronises gradients once a call.
-            return torch.stack([self._nats(bare, batch.to(self.args.device), weight) for batch in passes]).sum()
+            return torch.stack([self._nats(inner(bare), batch.to(self.args.device), weight) for batch in passes]).sum()
 
         with self.accelerator.autocast():
             return through_wrapper(model, bare, nats)
@@ -128,17 +130,18 @@ class DistillationTrainer(Trainer):
 def through_wrapper(wrapped: torch.nn.Module, bare: torch.nn.Module, work: Callable[[], torch.Tensor]) -> torch.Tensor:
     """Runs `work` as if it were `bare.forward`, through the distributed wrapper around it.
 
-    DDP and FSDP do their work in the wrapper's call, so computing from the parts of the bare model would skip gradient
-    synchronisation and parameter gathering.
+    DDP and FSDP do their work in the wrapper's call, FSDP2 in hooks around the model's own, so computing from the parts
+    of the bare model would skip gradient synchronisation and parameter gathering.
     """
-    if wrapped is bare:
-        return work()
-    forward = bare.forward
+    forward = bare.__dict__.get("forward")
     bare.forward = lambda *_args, **_kwargs: work()  # type: ignore[method-assign]
     try:
         return wrapped()
     finally:
-        bare.forward = forward  # type: ignore[method-assign]
+        if forward is None:
+            del bare.forward
+        else:
+            bare.forward = forward  # type: ignore[method-assign]
 
 
 def _only(items: list[MicroBatch]) -> dict[str, Any]:
@@ -151,6 +154,7 @@ class SealCheckpoints(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """Sync every file of the newest checkpoint, then put the mark in."""
+        ranks.collect(None)  # every process writes a part of it
         if not state.is_world_process_zero:
             return
         directory = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
