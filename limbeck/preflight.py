@@ -52,6 +52,7 @@ def preflight(recipe: Recipe) -> dict[str, Digest]:
     _check_endpoints(recipe, errors)
     _raise(errors)
     _check_learning(recipe, errors)
+    _check_server(recipe, errors)
     digests |= _check_models(recipe, errors)
     _raise(errors)
     return digests
@@ -194,6 +195,9 @@ def _check_models(recipe: Recipe, errors: list[InputError]) -> dict[str, Digest]
             width = config.get_text_config().vocab_size
             if len(words) > width:
                 raise _narrow(ref, width, len(words))
+        if recipe.signal.kind == "top_k" and recipe.signal.k > len(words):
+            problem = Problem("signal.k", str(recipe.signal.k), f"at most {len(words)}, the tokens of {ref}")
+            errors.append(RecipeError("a signal larger than the vocabulary", [problem]))
         if (
             config is not None
             and isinstance(recipe.student, PrunedStudent)
@@ -223,6 +227,17 @@ def _check_learning(recipe: Recipe, errors: list[InputError]) -> None:
             "a live teacher, to say what it would have said",
         )
         problems.append(Problem("train.on_policy", found, expected, "set signal: {kind: hidden}"))
+    if recipe.signal.kind in ("sampled", "top_k"):
+        problems += [
+            Problem(
+                "train.loss",
+                f"{term} beside train.temperature: {recipe.train.temperature:g}",
+                "one temperature, which the stored probabilities are taken at",
+                "remove the term's, or set train.temperature to it",
+            )
+            for term in recipe.train.terms
+            if term.on == "signal" and term.temperature not in (None, recipe.train.temperature)
+        ]
     if recipe.train.on_policy and any(term.on == "text" for term in recipe.train.terms):
         expected = "terms on the signal: the student's own text is nothing to imitate"
         problems.append(
@@ -230,6 +245,30 @@ def _check_learning(recipe: Recipe, errors: list[InputError]) -> None:
         )
     if problems:
         errors.append(RecipeError("what the student is to learn from does not fit together", problems))
+
+
+def _check_server(recipe: Recipe, errors: list[InputError]) -> None:
+    """Whether a server that is to say the log-probabilities can be asked, and says what the loss needs."""
+    if recipe.signal.kind != "top_k" or not (server := recipe.signal.server):
+        return
+    where, problems = "signal.server", []
+    if missing := [name for name in ("aiohttp", "orjson") if find_spec(name) is None]:
+        found, expected = f"this Python without {', '.join(missing)}", "what asking a server needs"
+        problems.append(Problem(where, found, expected, "pip install 'limbeck[collect]'"))
+    else:
+        from limbeck.signal.endpoint import problem_of_key
+
+        problems += [problem] if (problem := problem_of_key(server)) else []
+    if recipe.train.temperature != 1:
+        found = f"{recipe.train.temperature:g} with signal.server"
+        expected = "1: a server gives probabilities at temperature 1, and without the tail they cannot be softened"
+        remedy = "set train.temperature: 1, or leave signal.server out and run the teacher here"
+        problems.append(Problem("train.temperature", found, expected, remedy))
+    if len(recipe.teachers) > 1:
+        found, expected = f"one server with {len(recipe.teachers)} teachers", "the one teacher that it runs"
+        problems.append(Problem(where, found, expected, "name one teacher"))
+    if problems:
+        errors.append(RecipeError("the server cannot say what the student is to learn from", problems))
 
 
 def _narrow(ref: str, width: int, tokens: int) -> ModelError:

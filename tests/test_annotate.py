@@ -34,10 +34,11 @@ from limbeck.render.examples import ExampleSet, make_example, make_set, read_exa
 from limbeck.rundir import RunDir
 from limbeck.signal import annotate as stage
 from limbeck.signal import head
-from limbeck.signal.annotate import Settings, annotate, annotate_batch, plan_shards, signal_key
+from limbeck.signal.annotate import annotate, annotate_batch, plan_shards, signal_key
 from limbeck.signal.audit import audit
 from limbeck.signal.encoding import SampledArrays
 from limbeck.signal.head import head_logits, head_of, hidden_states
+from limbeck.signal.sampled import SampledCodec
 from limbeck.signal.store import Planned, SignalStore, SignalWriter
 from limbeck.signal.types import SampledSignal, TextSignal
 
@@ -251,12 +252,12 @@ def test_a_signal_does_not_depend_on_the_company(teachers):
     double = AutoModelForCausalLM.from_pretrained(teachers[0], dtype=torch.float64).eval()
     assert model.dtype == torch.float32
     chats = [chat(i, n, "t") for i, n in enumerate([30, 12, 45, 20])]
-    how = Settings(tau=0.02, temperature=1.0, vocab_size=320, seed=3)
-    together = annotate_batch(double, chats, how)
+    how = SampledCodec(tau=0.02, temperature=1.0, vocab_size=320)
+    together = annotate_batch(double, chats, how, seed=3)
     for example, arrays in zip(chats, together, strict=True):
-        (alone,) = annotate_batch(double, [example], how)
+        (alone,) = annotate_batch(double, [example], how, seed=3)
         assert all(np.array_equal(a, b) for a, b in zip(alone, arrays, strict=True))
-    (other,) = annotate_batch(double, chats[:1], how._replace(seed=4))
+    (other,) = annotate_batch(double, chats[:1], how, seed=4)
     assert not all(np.array_equal(a, b) for a, b in zip(other, together[0], strict=True))
 
 
@@ -269,11 +270,11 @@ def test_an_interrupted_stage_goes_on_and_ends_the_same(teachers, tmp_path, smal
     assert shards > 3
     calls: list[int] = []
 
-    def stopping(model, batch, how):
+    def stopping(model, batch, how, seed):
         calls.append(len(batch))
         if len(calls) % 4 == 0:
             raise KeyboardInterrupt
-        return annotate_batch(model, batch, how)
+        return annotate_batch(model, batch, how, seed)
 
     monkeypatch.setattr(stage, "annotate_batch", stopping)
     facts = None
@@ -344,9 +345,9 @@ def forge(run: RunDir, recipe: Recipe, change) -> None:
     key = signal_key(recipe, examples)
     assert key.tau
     model = models.load_model(recipe.teachers[0].model, "float32")
-    how = Settings(key.tau, 1.0, key.vocab_size, key.seed)
+    how = SampledCodec(key.tau, 1.0, key.vocab_size)
     writer = SignalWriter(run / "signals", key, [[Planned(e.id, e.supervised) for e in examples.train]])
-    writer.write(0, [change(e, annotate_batch(model, [e], how)[0]) for e in examples.train])
+    writer.write(0, [change(e, annotate_batch(model, [e], how, key.seed)[0]) for e in examples.train])
     writer.finish()
 
 
@@ -364,15 +365,15 @@ def test_an_audit_finds_what_a_digest_cannot(teachers, tmp_path):
     assert audit(run / "signals", recipe, examples, share=0.01).examples == 1
 
     other = models.load_model(str(teachers[1]), "float32")
-    how = Settings(0.02, 1.0, 320, 3)
-    forge(run, recipe, lambda e, _: annotate_batch(other, [e], how)[0])
+    how = SampledCodec(0.02, 1.0, 320)
+    forge(run, recipe, lambda e, _: annotate_batch(other, [e], how, seed=3)[0])
     problems = audit(run / "signals", recipe, examples, share=1.0).problems
     assert len(problems) > 100, "another teacher's word"
 
     def shifted(e: Example, _: SampledArrays) -> SampledArrays:
         model = models.load_model(str(teachers[0]), "float32")
         late = Example(e.id, e.tokens_T, np.append(e.mask_T[1:], False), D, "", e.teacher, e.split)
-        (arrays,) = annotate_batch(model, [late], how)
+        (arrays,) = annotate_batch(model, [late], how, seed=3)
         return arrays
 
     forge(run, recipe, shifted)

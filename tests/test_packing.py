@@ -14,7 +14,8 @@ from limbeck.errors import StaleError
 from limbeck.ledger.canonical import digest_bytes
 from limbeck.signal import packing
 from limbeck.signal.encoding import SampledArrays, encode_sampled, pack_ids
-from limbeck.signal.packing import Packed, columns, group, pack, unpack
+from limbeck.signal.packing import columns, group, pack, unpack
+from limbeck.signal.planes import Packed
 from limbeck.signal.sampling import from_logits
 from limbeck.signal.store import Planned, SignalKey, SignalStore, SignalWriter
 from limbeck.signal.types import SampledLayout, SampledSignal

@@ -26,6 +26,7 @@ from limbeck.records import Split
 from limbeck.render.examples import make_example, make_set, write_examples
 from limbeck.signal import store as store_module
 from limbeck.signal.encoding import SampledArrays, decode_sampled, encode_sampled
+from limbeck.signal.manifest import ServerIdentity
 from limbeck.signal.sampling import threshold_sample
 from limbeck.signal.store import Planned, SignalKey, SignalStore, SignalWriter, write_manifest_only
 from limbeck.signal.types import SampledSignal, TextSignal, concat
@@ -38,7 +39,8 @@ KEY = SignalKey(
 )  # fmt: skip
 OTHERS = {
     "tokenizer": OTHER, "templates": {"a": OTHER}, "teachers": {"a": OTHER}, "examples": OTHER,
-    "vocab_size": 51, "seed": 8, "tau": 0.02, "temperature": 2.0, "precision": "bfloat16",
+    "vocab_size": 51, "seed": 8, "tau": 0.02, "temperature": 2.0, "precision": "bfloat16", "k": 5,
+    "server": ServerIdentity(base_url="http://127.0.0.1:8000/v1", model="m", ask="echo"),
 }  # fmt: skip
 """Another value for each field."""
 
@@ -217,6 +219,8 @@ def test_other_signals_are_refused_field_by_field(tmp_path):
         (problem,) = caught.value.problems
         assert f"key.{name}" in problem.where
         found, expected = (v["a"] if isinstance(v, dict) else v for v in (getattr(KEY, name), value))
+        if isinstance(expected, ServerIdentity):
+            expected = expected.model_dump(mode="json")
         assert (problem.found, problem.expected) == (str(found), str(expected))
         assert str(tmp_path / "signals") in problem.remedy
     with pytest.raises(StaleError) as caught:

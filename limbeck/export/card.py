@@ -112,10 +112,10 @@ def _start(recipe: Recipe) -> str:
 
 
 def _settings(evidence: Evidence) -> list[tuple[str, str]]:
-    settings, signal, done = evidence.recipe.train, evidence.recipe.signal, evidence.training
+    settings, done = evidence.recipe.train, evidence.training
     return [
         ("Loss", settings.loss_in_words),
-        ("Signal", f"{signal.kind}, tau {signal.tau:g}" if signal.kind == "sampled" else signal.kind),
+        ("Signal", _signal(evidence)),
         *_own_answers(settings.on_policy),
         *([] if settings.adapter is None else [("Adapter", f"LoRA of rank {settings.adapter.rank}, merged")]),
         ("Temperature of the loss", f"{settings.temperature:g}"),
@@ -141,6 +141,16 @@ def _own_answers(own: OnPolicy | None) -> list[tuple[str, str]]:
     start = own.share if own.share_at_start is None else own.share_at_start
     changes = "" if start == own.share else f"{percent(start)} of a step's sequences at first, "
     return [("Written by the student itself", f"{changes}{percent(own.share)} of a step's sequences at the end")]
+
+
+def _signal(evidence: Evidence) -> str:
+    signal = evidence.recipe.signal
+    if signal.kind == "sampled":
+        return f"{signal.kind}, tau {signal.tau:g}"
+    if signal.kind != "top_k":
+        return signal.kind
+    told = f"top-k, k {signal.k}"
+    return f"{told}, as {signal.server.model} at {signal.server.base_url} says" if signal.server else told
 
 
 def _environment() -> Environment:

@@ -105,6 +105,19 @@ class Step(BaseModel):
     tokens: int
 
 
+class Biased(BaseModel):
+    """A term of the loss that was computed from a signal whose expectation is not the loss."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    term: str
+    signal: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.term} from a {self.signal.replace('_', '-')} signal: {self.why}"
+
+
 class Training(BaseModel):
     """RUN/training.json."""
 
@@ -112,6 +125,7 @@ class Training(BaseModel):
 
     steps: tuple[Step, ...]
     loss: str | None = None
+    biased: tuple[Biased, ...] = ()
     unit: str | None = None
     precision: str | None = None
     tokens: int | None = None

@@ -29,7 +29,9 @@ from limbeck.recipe.train import HiddenSignalSettings as HiddenSignalSettings
 from limbeck.recipe.train import LossTerm as LossTerm
 from limbeck.recipe.train import OnPolicy as OnPolicy
 from limbeck.recipe.train import SampledSignalSettings, Signal, Train
+from limbeck.recipe.train import SignalServer as SignalServer
 from limbeck.recipe.train import TextSignalSettings as TextSignalSettings
+from limbeck.recipe.train import TopKSignalSettings as TopKSignalSettings
 
 
 class Use(Part):

@@ -20,6 +20,34 @@ class SampledSignalSettings(Part):
     """Tokens with at least this probability are stored exactly; rarer ones by chance, weighing tau."""
 
 
+class SignalServer(Part):
+    """A completions server, such as vLLM, that gives the log-probabilities of a prompt."""
+
+    base_url: Annotated[str, Field(pattern=r"^https?://[^/@\s]+(/[^@\s]*)?$")]
+    """Its address with `/v1`. A key is no part of it."""
+    model: str
+    """The model's name there. Its tokenizer has to be the one that the examples are made of."""
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    """Name of the environment variable that holds the key; null sends none."""
+    concurrency: PositiveInt = 16
+    """Requests that wait for an answer at the same time."""
+    ask: Literal["prompt_logprobs", "echo"] = "prompt_logprobs"
+    """`prompt_logprobs` is vLLM's own key. `echo` is `echo: true` with `logprobs`, for other servers that know
+    `return_tokens_as_token_ids`.
+    """
+
+
+class TopKSignalSettings(Part):
+    """The teacher's most likely tokens, with the mass of all others as one bucket. Biased: `train.allow_biased`."""
+
+    kind: Literal["top_k"] = "top_k"
+    """The most likely tokens."""
+    k: PositiveInt = 50
+    """How many tokens a position. A vLLM server gives at most its `--max-logprobs`, 20 unless told otherwise."""
+    server: SignalServer | None = None
+    """The server that is asked; null runs the teacher here."""
+
+
 class TextSignalSettings(Part):
     """The teacher's text only."""
 
@@ -35,7 +63,7 @@ class HiddenSignalSettings(Part):
 
 
 Signal = Annotated[
-    SampledSignalSettings | TextSignalSettings | HiddenSignalSettings,
+    SampledSignalSettings | TopKSignalSettings | TextSignalSettings | HiddenSignalSettings,
     Field(discriminator="kind"),
 ]
 

@@ -26,7 +26,7 @@ def in_plain_words(evidence: Evidence) -> list[list[Sentence]]:
     """Eight claims for somebody who never trained a model, in paragraphs."""
     return [
         [_what(evidence), _size(evidence)],
-        [_data(evidence), _lessons(evidence)],
+        [_data(evidence), _lessons(evidence), *_bias(evidence)],
         [_agreement(evidence), _distance(evidence), _surprise(evidence)],
         [_limits(evidence)],
     ]
@@ -117,6 +117,15 @@ def _lessons(evidence: Evidence) -> Sentence:
     times = "once" if passes == 1 else f"{passes:g} times"
     text = f"The student went through {once} {times}, {several(seen, 'token')} in all"
     return Sentence(f"{text}; a token is a word or a piece of one.", "train")
+
+
+def _bias(evidence: Evidence) -> list[Sentence]:
+    """One sentence where the loss was not the one it is named after, none where it was."""
+    if not (told := evidence.training.biased):
+        return []
+    why = "; and ".join(one_line(str(term), 300) for term in told)
+    text = f"What it was trained towards is not exactly the loss that is named, which the recipe allowed ({why})."
+    return [Sentence(text, "train")]
 
 
 def _agreement(evidence: Evidence) -> Sentence:

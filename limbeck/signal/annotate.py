@@ -1,5 +1,7 @@
 """The annotate stage: RUN/examples and the teachers to RUN/signals.
 
+A teacher that a server runs is asked by `served`; what follows is about teachers that run here.
+
 A batch of training examples goes through the teacher's decoder once; only the hidden states at positions
 whose next token is supervised go through its head, `head.CHUNK` of them at a time; each is sampled and
 encoded at once. Logits of [batch, time, vocabulary] never exist.
@@ -11,9 +13,9 @@ random stream of its own. So a resumed run stores, to the bit, what an uninterru
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from pydantic import JsonValue
@@ -28,11 +30,11 @@ from limbeck.render.batches import collate
 from limbeck.render.examples import ExampleSet, read_examples
 from limbeck.rundir import RunDir
 from limbeck.seeds import derive_seed
-from limbeck.signal.encoding import SampledArrays, encode_sampled
+from limbeck.signal.codec import A, Codec, S
 from limbeck.signal.head import CHUNK, head_logits, hidden_states
-from limbeck.signal.sampling import from_logits
-from limbeck.signal.store import Planned, SignalKey, SignalStore, SignalWriter, write_manifest_only
-from limbeck.signal.types import SampledSignal, concat
+from limbeck.signal.manifest import ServerIdentity, SignalKey
+from limbeck.signal.store import Planned, SignalStore, SignalWriter, write_manifest_only
+from limbeck.signal.stored import CODECS, StoredArrays, codec_of
 
 _BATCH = 4096
 """Tokens of a batch, padding counted; an example that is longer goes alone."""
@@ -42,15 +44,6 @@ _SHARD_MIN, _SHARD_MAX = 2048, 65536
 """Positions of a shard."""
 
 Batch = list[Example]
-
-
-class Settings(NamedTuple):
-    """What a sampled signal of one example depends on, beside the teacher."""
-
-    tau: float
-    temperature: float
-    vocab_size: int
-    seed: int
 
 
 def annotate(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
@@ -63,8 +56,10 @@ def annotate(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
     plan = plan_shards(examples.train, [t.name for t in recipe.teachers])
     written = 0
     if not _there(run / "signals", key, examples):
-        if key.kind != "sampled":
+        if key.kind not in CODECS:
             write_manifest_only(run / "signals", key, examples.train)
+        elif key.server:
+            written = _write_served(recipe, run, key, plan)
         else:
             written = _write(recipe, run, key, plan)
     store = SignalStore.open(run / "signals", expect=key, examples=examples.train)
@@ -77,29 +72,37 @@ def annotate(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
 
 
 def signal_key(recipe: Recipe, examples: ExampleSet) -> SignalKey:
-    """What the signals of this recipe and these examples are made from. Loads no weights.
+    """What the signals of this recipe and these examples are made from. Loads no weights, and asks no server: what one
+    says of itself is added when it is asked.
 
     The vocabulary is what the tokenizer can write: rows of a head beyond it are padding, at every teacher.
     """
-    local = [t for t in recipe.teachers if isinstance(t, LocalTeacher)]
-    widths = [models.load_config(t.model, t.precision).get_text_config().vocab_size for t in local]
+    settings = recipe.signal
     words = models.load_tokenizer(recipe.words_of(recipe.teachers[0]))
     key = SignalKey(
-        kind=recipe.signal.kind,
+        kind=settings.kind,
         tokenizer=examples.manifest.tokenizer,
         templates=examples.manifest.templates,
-        teachers={t.name: _who(t) for t in recipe.teachers},
+        teachers={},
         examples=SignalKey.digest_of(examples.train),
-        vocab_size=min([len(words), *widths]),
+        vocab_size=len(words),
         seed=recipe.seed,
     )
-    if recipe.signal.kind == "text":
-        return key
-    precisions = {str(models.precision_dtype(t.precision)).removeprefix("torch.") for t in local}
-    key = key.model_copy(update={"precision": ", ".join(sorted(precisions))})
-    if recipe.signal.kind == "hidden":
-        return key
-    return key.model_copy(update={"tau": recipe.signal.tau, "temperature": recipe.train.temperature})
+    match settings.kind:
+        case "sampled":
+            key = key.model_copy(update={"tau": settings.tau, "temperature": recipe.train.temperature})
+        case "top_k":
+            key = key.model_copy(update={"k": settings.k, "temperature": recipe.train.temperature})
+            if server := settings.server:
+                named = ServerIdentity(base_url=server.base_url, model=server.model, ask=server.ask)
+                return key.model_copy(update={"server": named})
+    local = recipe.local_teachers
+    widths = [models.load_config(t.model, t.precision).get_text_config().vocab_size for t in local]
+    update = {"teachers": {t.name: _who(t) for t in recipe.teachers}, "vocab_size": min([len(words), *widths])}
+    if settings.kind != "text":
+        precisions = {str(models.precision_dtype(t.precision)).removeprefix("torch.") for t in local}
+        update["precision"] = ", ".join(sorted(precisions))
+    return key.model_copy(update=update)
 
 
 def _who(teacher: LocalTeacher | EndpointTeacher) -> Digest:
@@ -125,6 +128,11 @@ def plan_shards(examples: Sequence[Example], teachers: Sequence[str]) -> list[li
         shards[-1].append(batch)
         room -= sum(e.supervised for e in batch)
     return shards
+
+
+def planned(plan: Sequence[Sequence[Batch]]) -> list[list[Planned]]:
+    """The plan in the store's words."""
+    return [[Planned(e.id, e.supervised) for batch in shard for e in batch] for shard in plan]
 
 
 def _batches(ranked: Sequence[Example]) -> Iterator[Batch]:
@@ -159,56 +167,47 @@ def _there(directory: Path, key: SignalKey, examples: ExampleSet) -> bool:
 
 def _write(recipe: Recipe, run: RunDir, key: SignalKey, plan: list[list[Batch]]) -> int:
     """Write the shards that are not written yet; returns how many."""
-    assert key.tau is not None
-    assert key.temperature is not None
-    settings = Settings(key.tau, key.temperature, key.vocab_size, recipe.seed)
-    teachers = {t.name: t for t in recipe.teachers if isinstance(t, LocalTeacher)}
-    writer = SignalWriter(
-        run / "signals",
-        key,
-        [[Planned(e.id, e.supervised) for batch in shard for e in batch] for shard in plan],
-    )
+    codec, teachers = codec_of(key), {t.name: t for t in recipe.local_teachers}
+    writer = SignalWriter(run / "signals", key, planned(plan))
     todo = writer.unwritten()
     positions = sum(e.supervised for n in todo for batch in plan[n] for e in batch)
     with run.progress.line("annotate", positions, "positions") as line:
         for number in todo:
-            arrays: list[SampledArrays] = []
+            arrays: list[StoredArrays] = []
             for batch in plan[number]:
                 teacher = teachers[batch[0].teacher]
-                arrays += annotate_batch(
-                    models.load_model(teacher.model, teacher.precision, models.processor().device), batch, settings
-                )
+                model = models.load_model(teacher.model, teacher.precision, models.processor().device)
+                arrays += annotate_batch(model, batch, codec, recipe.seed)
                 line.advance(sum(e.supervised for e in batch))
             writer.write(number, arrays)
     writer.finish()
     return len(todo)
 
 
+def _write_served(recipe: Recipe, run: RunDir, key: SignalKey, plan: list[list[Batch]]) -> int:
+    from limbeck.signal.served import write_served  # needs aiohttp
+
+    assert recipe.signal.kind == "top_k"
+    assert recipe.signal.server
+    words = models.load_tokenizer(recipe.words_of(recipe.teachers[0]))
+    return write_served(recipe.signal.server, run, key, [[e for b in shard for e in b] for shard in plan], words)
+
+
 @torch.inference_mode()
-def annotate_batch(model: PreTrainedModel, examples: Sequence[Example], settings: Settings) -> list[SampledArrays]:
-    """The encoded signal of each example: a threshold sample of softmax(logits / temperature) at every
-    position whose next token is supervised.
-    """
+def annotate_batch(model: PreTrainedModel, examples: Sequence[Example], codec: Codec[A, S], seed: int) -> list[A]:
+    """The encoded signal of each example at every position whose next token is supervised."""
     batch = collate(examples, pad_id=0).to(model.device)
     # No attention mask: padding stands to the right, where causal attention never looks from a real token.
     hidden_ND = hidden_states(model, batch.tokens_BT)[batch.predict_BT]
-    streams = [torch.Generator().manual_seed(derive_seed(settings.seed, "annotate", e.id)) for e in examples]
-    parts: list[list[SampledSignal]] = [[] for _ in examples]
+    streams = [torch.Generator().manual_seed(derive_seed(seed, "annotate", e.id)) for e in examples]
+    parts: list[list[S]] = [[] for _ in examples]
     first = 0
     for chunk in _chunks([e.supervised for e in examples]):
         logits_CV = head_logits(model, hidden_ND[first : first + sum(size for _, size in chunk)])
         first += len(logits_CV)
         for (number, _), piece_PV in zip(chunk, logits_CV.split([size for _, size in chunk]), strict=True):
-            parts[number].append(
-                from_logits(
-                    piece_PV,
-                    settings.tau,
-                    settings.temperature,
-                    generator=streams[number],
-                    vocab_size=settings.vocab_size,
-                )
-            )
-    return [encode_sampled(concat(p), stream) for p, stream in zip(parts, streams, strict=True)]
+            parts[number].append(codec.from_logits(piece_PV, streams[number]))
+    return [codec.encode(part, stream) for part, stream in zip(parts, streams, strict=True)]
 
 
 def _chunks(counts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
@@ -240,19 +239,15 @@ def _facts(store: SignalStore) -> dict[str, JsonValue]:
         "bytes_a_position": store.bytes_on_disk / max(1, counts.positions),
         "vocabulary": key.vocab_size,
     }
-    if key.kind == "text":
+    if key.precision:
+        facts["precision"] = key.precision
+    if key.kind not in CODECS:
         return facts
-    if key.kind == "hidden":
-        return facts | {"precision": key.precision}
-    entropy = mass = 0.0
+    settings = {"tau": key.tau, "k": key.k, "temperature": key.temperature}
+    facts |= {name: value for name, value in settings.items() if value is not None}
+    if key.server:
+        facts["server"] = key.server.model_dump(mode="json")
+    codec, sums = codec_of(key), Counter[str]()
     for signal in store.shards():
-        assert isinstance(signal, SampledSignal)
-        entropy += float(signal.entropy_N.double().sum())
-        mass += float(signal.head_probs_H.double().sum()) + signal.tau * int(signal.n_tail_N.sum())
-    return facts | {
-        "tau": key.tau,
-        "temperature": key.temperature,
-        "precision": key.precision,
-        "entropy_nats": entropy / max(1, counts.positions),
-        "stored_mass": mass / max(1, counts.positions),
-    }
+        sums.update(codec.sums(signal))
+    return facts | {name: total / max(1, counts.positions) for name, total in sums.items()}

@@ -27,7 +27,8 @@ from limbeck.signal.annotate import signal_key
 from limbeck.signal.encoding import SampledArrays, decode_sampled
 from limbeck.signal.head import CHUNK, head_logits, hidden_states
 from limbeck.signal.store import SignalStore
-from limbeck.signal.types import SampledLayout, SampledSignal
+from limbeck.signal.stored import StoredSignal
+from limbeck.signal.types import SampledLayout, SampledSignal, TextSignal, TopKSignal
 
 _NOISE = {torch.float32: 1e-3, torch.bfloat16: 1.0}
 """How far two runs of the same teacher may differ in a token's log-odds, in nats: batches of another shape
@@ -36,15 +37,19 @@ _DEVIATIONS = 6.0
 """Standard errors that the tail as a whole may be off: one chance in 500 million."""
 
 
+_NOTHING = math.log(1e-6)
+"""Log-probabilities below this are rounding."""
+
+
 class Audit(NamedTuple):
     """What an audit found."""
 
     examples: int
     positions: int
     head_difference: float
-    """Mean difference between a stored head probability and the fresh one."""
+    """Mean difference between a stored probability and the fresh one: of heads, or of the likeliest and the tail."""
     entropy_difference: float
-    """Mean difference between a stored entropy and the fresh one, nats."""
+    """Mean difference between a stored entropy and the fresh one, nats; NaN for a top-k signal, which stores none."""
     tail_rank: float
     """Mean share of the fresh tail's mass below a stored tail token; 0.5 when the tail was drawn from it,
     near 0 for tokens that have nothing to do with it. NaN where there are no tail tokens."""
@@ -79,14 +84,11 @@ def audit(
 
     Raises:
         StaleError: the store is damaged or was made from something else.
-        InputError: it is a text signal, which says nothing of the teacher's probabilities.
+        InputError: nothing is stored that a teacher on this machine could be asked about.
 
     """
     store = SignalStore.open(directory, expect=signal_key(recipe, examples), examples=examples.train)
-    if store.manifest.kind == "text":
-        expected, remedy = "a signal that holds distributions", "there is nothing to audit"
-        problem = Problem(os.fspath(directory), "a text signal", expected, remedy)
-        raise InputError("a text signal cannot be audited", [problem])
+    _refuse_unaudited(store)
     stream = torch.Generator().manual_seed(derive_seed(seed, "audit"))
     count = min(len(examples.train), max(1, round(share * len(examples.train))))
     chosen = [examples.train[i] for i in torch.randperm(len(examples.train), generator=stream)[:count].tolist()]
@@ -94,11 +96,26 @@ def audit(
     for teacher in (t for t in recipe.teachers if isinstance(t, LocalTeacher)):
         for example in (e for e in chosen if e.teacher == teacher.name):
             signal = store.take([example.id])
-            assert isinstance(signal, SampledSignal)
+            assert not isinstance(signal, TextSignal)
             found.append(
                 compare(models.load_model(teacher.model, teacher.precision, models.processor().device), example, signal)
             )
     return _summary(found, os.fspath(directory))
+
+
+def _refuse_unaudited(store: SignalStore) -> None:
+    """What another forward pass could say nothing about."""
+    reasons = {
+        "text": ("a text signal, which is the answers' own tokens", "signals that hold distributions"),
+        "hidden": ("signals of kind hidden, of which nothing is stored", "signals that are stored"),
+    }
+    reason = reasons.get(store.manifest.kind)
+    if server := store.manifest.key.server:
+        reason = (f"signals that {server.model} at {server.base_url} said", "signals of a teacher on this machine")
+    if reason:
+        found, expected = reason
+        problem = Problem(str(store.root), found, expected, "leave the audit out: verify checks the files' digests")
+        raise InputError("these signals cannot be audited", [problem])
 
 
 def _summary(found: list[_Found], where: str) -> Audit:
@@ -122,11 +139,11 @@ def _summary(found: list[_Found], where: str) -> Audit:
 
 
 @torch.inference_mode()
-def compare(model: PreTrainedModel, example: Example, signal: SampledSignal) -> _Found:
+def compare(model: PreTrainedModel, example: Example, signal: StoredSignal) -> _Found:
     """The stored signal of one example against the teacher's own word on it."""
     batch = collate([example], 0).to(model.device)
     hidden_ND = hidden_states(model, batch.tokens_BT)[batch.predict_BT]
-    levels_L, noise = _levels(signal), _NOISE[model.dtype]
+    noise = _NOISE[model.dtype]
     parts, first = [], 0
     for piece_CD in hidden_ND.split(CHUNK):
         logits_CV = head_logits(model, piece_CD)[:, : signal.vocab_size].float().cpu() / signal.temperature
@@ -135,7 +152,11 @@ def compare(model: PreTrainedModel, example: Example, signal: SampledSignal) -> 
         def where(row: int, first: int = first) -> str:
             return f"example {example.id}, supervised position {first + row}"
 
-        parts.append(_compare(logits_CV.log_softmax(dim=1), part, levels_L, noise, where))
+        log_CV = logits_CV.log_softmax(dim=1)
+        if isinstance(part, TopKSignal):
+            parts.append(_compare_top_k(log_CV, part, noise, where))
+        else:
+            parts.append(_compare(log_CV, part, _levels(part), noise, where))
         first += len(piece_CD)
     columns = [torch.cat([p[i] for p in parts]) for i in range(3)]  # pyright: ignore
     return _Found(columns[0], columns[1], columns[2], [problem for p in parts for problem in p.problems])
@@ -149,7 +170,7 @@ def _compare(
     rows_E, ids_E, weights_E, starts = signal.entries()
     within_E = torch.arange(len(rows_E)) - torch.tensor(starts)[rows_E]
     is_head_E = within_E < signal.n_head_N[rows_E]
-    fresh_E, odds_NV = probs_NV[rows_E, ids_E], log_NV - torch.log1p(-probs_NV.clamp_max(1 - 1e-7))
+    fresh_E, odds_NV = probs_NV[rows_E, ids_E], _log_odds(log_NV)
     limit = math.log(signal.tau) - math.log1p(-signal.tau) + noise if signal.tau < 1 else math.inf
     level_H = torch.searchsorted(levels_L, weights_E[is_head_E])
     low_H = levels_L[(level_H - 1).clamp_min(0)].logit() - noise
@@ -175,6 +196,38 @@ def _compare(
     ]
     ranks_E = _ranks(probs_NV, signal.tau, rows_E[~is_head_E], ids_E[~is_head_E])
     return _Found((weights_E - fresh_E)[is_head_E].abs(), gap_N, ranks_E, problems)
+
+
+def _compare_top_k(log_NV: Tensor, signal: TopKSignal, noise: float, where: Callable[[int], str]) -> _Found:
+    """The likeliest tokens one by one, the tail as one outcome, and that no likelier token was left out."""
+    fresh_NK = log_NV.gather(1, signal.ids_NK)
+    rest_NV = log_NV.scatter(1, signal.ids_NK, -torch.inf)
+    rest_N1 = rest_NV.logsumexp(dim=1, keepdim=True)
+    ours_NO = torch.cat([signal.log_probs_NK, signal.tail_mass_N.log()[:, None]], dim=1)
+    theirs_NO = torch.cat([fresh_NK, rest_N1], dim=1)
+    wrong_NO = (_log_odds(ours_NO) - _log_odds(theirs_NO)).abs() > noise
+    wrong_NO &= torch.maximum(ours_NO, theirs_NO) > _NOTHING
+    problems = [
+        Problem(
+            f"{where(n)}: {f'token {int(signal.ids_NK[n, o])}' if o < signal.ids_NK.shape[1] else 'the tail'}",
+            f"{ours_NO[n, o].exp():.6g}",
+            f"{theirs_NO[n, o].exp():.6g}",
+        )
+        for n, o in wrong_NO.nonzero().tolist()
+    ]
+    least_N1 = signal.log_probs_NK.amin(dim=1, keepdim=True)
+    problems += [
+        Problem(f"{where(n)}: token {v}", "not stored", f"{rest_NV[n, v].exp():.6g}, above the least stored")
+        for n, v in ((rest_NV > least_N1 + noise) & (rest_NV > _NOTHING)).nonzero().tolist()
+    ]
+    none = torch.zeros(0, dtype=torch.float64)
+    # The entropies are not stored; their places count the positions.
+    unknown_N = torch.full((len(signal),), torch.nan)
+    return _Found((ours_NO.exp() - theirs_NO.exp()).abs().reshape(-1), unknown_N, none, problems)
+
+
+def _log_odds(log_NV: Tensor) -> Tensor:
+    return log_NV - torch.log1p(-log_NV.exp().clamp_max(1 - 1e-7))
 
 
 def _ranks(probs_NV: Tensor, tau: float, rows_E: Tensor, ids_E: Tensor) -> Tensor:

@@ -18,17 +18,33 @@ VERSION: Literal[2] = 2
 """Of the format. Signals can be made again, so a store of another version is refused and not read."""
 
 
+class ServerIdentity(BaseModel):
+    """A server that said what is stored, as far as it says who it is. Only its own word stands behind that."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base_url: str
+    model: str
+    """The name it was asked for."""
+    ask: str
+    """How it was asked."""
+    said: dict[str, str] | None = None
+    """What `/v1/models` says of that model, but for what changes with every call; None where nobody asked."""
+    answered: str | None = None
+    """The `model` of its answers."""
+
+
 class SignalKey(BaseModel):
     """Everything that changes a signal. Two stores with the same key hold the same signals."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["sampled", "text", "hidden"]
+    kind: Literal["sampled", "top_k", "text", "hidden"]
     tokenizer: Digest
     templates: dict[str, Digest]
     """Of the chat template of each teacher, by its name."""
     teachers: dict[str, Digest]
-    """Of the weights of each teacher, by its name."""
+    """Of the weights of each teacher, by its name; empty where a server said what is stored."""
     examples: Digest
     """Of the ids of the training examples, in order."""
     vocab_size: int
@@ -36,9 +52,12 @@ class SignalKey(BaseModel):
     seed: int
     """The run's seed; each example draws from a stream of its own."""
     tau: float | None = None
+    k: int | None = None
     temperature: float | None = None
     precision: str | None = None
     """What the teacher computed in."""
+    server: ServerIdentity | None = None
+    """Who said what is stored, where it was no model on this machine."""
 
     @staticmethod
     def digest_of(examples: Sequence[Example]) -> Digest:
@@ -78,7 +97,7 @@ class SignalManifest(BaseModel):
     shards: tuple[Shard, ...] = ()
 
     @property
-    def kind(self) -> Literal["sampled", "text", "hidden"]:
+    def kind(self) -> Literal["sampled", "top_k", "text", "hidden"]:
         """Kind of the signals."""
         return self.key.kind
 
@@ -107,7 +126,12 @@ def read_manifest(root: Path) -> SignalManifest:
 
 
 def refuse_stale(root: Path, there: SignalKey, expected: SignalKey) -> None:
-    """Raise `StaleError` with every field in which the keys differ, and both values."""
+    """Raise `StaleError` with every field in which the keys differ, and both values.
+
+    What a server says of itself is compared only where `expected` has it: whoever reads a store need not ask again.
+    """
+    if there.server and expected.server and expected.server.answered is None:
+        there = there.model_copy(update={"server": there.server.model_copy(update={"said": None, "answered": None})})
     problems = [
         Problem(f"{root / MANIFEST}: key.{name}", was, now, remedy(root))
         for name, was, now in differences(there.model_dump(mode="json"), expected.model_dump(mode="json"))

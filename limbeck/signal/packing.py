@@ -12,53 +12,25 @@ and compresses each plane by itself, because a plane has one table of Huffman co
 
 The ids of a position's head ascend, and so do those of its tail; a gap is an id less the one before it in its
 group, the group's first id whole: gaps are smaller than ids, so their upper bytes pack better. All arithmetic
-is modulo 256 ** id_bytes, so that ids in any order come back. A number of several bytes has a plane for each of
-them, the most significant first.
-
-A plane is one Zstandard frame (RFC 8878), or the bytes as they are where a frame would not be shorter.
+is modulo 256 ** id_bytes, so that ids in any order come back. `planes` says what a plane is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from limbeck.errors import Problem, StaleError
 from limbeck.signal.encoding import SampledArrays, encode_sampled, pack_ids, unpack_ids
+from limbeck.signal.planes import Packed, damaged, from_planes, to_planes
 from limbeck.signal.types import SampledLayout, SampledSignal
 
 ROW_BYTES = 4
 """Of each number in a row of the table."""
 BLOCK = 512
 """Most positions of a block, unless one example alone has more: reading one example unpacks its block."""
-_LEVEL = 19
-"""Of Zstandard: it costs the teacher's forward pass over a block next to nothing, and reading nothing at all."""
-
-
-class Packed(NamedTuple):
-    """A block: what it holds, and its planes one after the other."""
-
-    positions: int
-    entries: int
-    heads: int
-    sizes: tuple[int, ...]
-    """Bytes of each plane as stored."""
-    planes: bytes
-
-    @property
-    def row(self) -> tuple[int, ...]:
-        """The block's row of a shard's table: the three counts, then the sizes."""
-        return (self.positions, self.entries, self.heads, *self.sizes)
-
-    @classmethod
-    def of(cls, row: Sequence[int], planes: bytes) -> Packed:
-        """The block of this row of the table."""
-        return cls(row[0], row[1], row[2], tuple(row[3:]), planes)
 
 
 def columns(layout: SampledLayout) -> int:
@@ -91,13 +63,7 @@ def pack(arrays: SampledArrays, layout: SampledLayout) -> Packed:
         arrays.head.astype(np.int32),
         arrays.entropy.astype(np.int32),
     )
-    codec = pa.Codec("zstd", compression_level=_LEVEL)
-    stored: list[bytes] = []
-    for values_M, width in zip(numbers, widths, strict=True):
-        for place in reversed(range(width)):
-            plane = (values_M >> 8 * place & 0xFF).astype(np.uint8).tobytes()
-            frame = codec.compress(plane, asbytes=True)
-            stored.append(frame if len(frame) < len(plane) else plane)
+    stored = [plane for values_M, width in zip(numbers, widths, strict=True) for plane in to_planes(values_M, width)]
     sizes = tuple(len(plane) for plane in stored)
     return Packed(len(heads_N), len(ids_E), len(arrays.head), sizes, b"".join(stored))
 
@@ -114,18 +80,10 @@ def unpack(block: Packed, layout: SampledLayout) -> SampledArrays:
     """What was packed. Raises `StaleError` for planes that do not hold what the counts say."""
     n, heads = block.positions, block.heads
     lengths = (n, n, heads, block.entries - heads, heads, n)
-    numbers: list[NDArray[np.int32]] = []
-    sizes, at = iter(block.sizes), 0
-    for width, length in zip(_planes_of(layout), lengths, strict=True):
-        values_M = np.zeros(length, np.int32)
-        for _ in range(width):
-            size = next(sizes)
-            values_M = (values_M << 8) | _plane(block.planes[at : at + size], length)
-            at += size
-        numbers.append(values_M)
-    heads_N, tails_N, head_gaps_H, tail_gaps_T, head_H, entropy_N = numbers
+    numbers = from_planes(block, list(zip(_planes_of(layout), lengths, strict=True)))
+    heads_N, tails_N, head_gaps_H, tail_gaps_T, head_H, entropy_N = (values_M.view(np.int32) for values_M in numbers)
     if int(heads_N.sum()) != heads or int(tails_N.sum()) != block.entries - heads:
-        raise _damaged(f"{int(heads_N.sum())} heads and {int(tails_N.sum())} tails", f"{heads} of {block.entries}")
+        raise damaged(f"{int(heads_N.sum())} heads and {int(tails_N.sum())} tails", f"{heads} of {block.entries}")
     largest = 256**layout.id_bytes - 1
     ids_E, is_head_E = np.empty(block.entries, np.int32), _heads_first(heads_N, tails_N)
     ids_E[is_head_E] = _undo_gaps(head_gaps_H, heads_N) & largest
@@ -144,17 +102,6 @@ def _planes_of(layout: SampledLayout) -> tuple[int, ...]:
     """Bytes of a number of each kind, which is its number of planes."""
     counts, ids = layout.count_bytes, layout.id_bytes
     return (counts, counts, ids, ids, layout.head_bytes, layout.entropy_bytes)
-
-
-def _plane(stored: bytes, length: int) -> NDArray[np.uint8]:
-    if len(stored) < length:
-        try:
-            stored = pa.Codec("zstd").decompress(stored, length, asbytes=True)
-        except OSError as error:
-            raise _damaged(str(error), f"a frame of {length} bytes") from error
-    if len(stored) != length:
-        raise _damaged(f"a plane of {len(stored)} bytes", f"{length} bytes")
-    return np.frombuffer(stored, np.uint8)
 
 
 def _heads_first(heads_N: NDArray[np.int32], tails_N: NDArray[np.int32]) -> NDArray[np.bool_]:
@@ -177,8 +124,3 @@ def _undo_gaps(gaps_M: NDArray[np.int32], counts_N: NDArray[np.int32]) -> NDArra
 def _starts(counts_N: NDArray[np.int32]) -> NDArray[np.int32]:
     """Where each group that is not empty begins."""
     return (np.cumsum(counts_N) - counts_N)[counts_N > 0]
-
-
-def _damaged(found: str, expected: str) -> StaleError:
-    remedy = "remove the signals and run again: they are made from the examples and the teacher"
-    return StaleError("a block of the signals is damaged", [Problem("block", found, expected, remedy)])

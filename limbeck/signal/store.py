@@ -2,7 +2,7 @@
 
     manifest.json            what the signals were made from, what there is, the digest of every other file
     index.parquet            one row an example, in the order of the shards: id, block, positions, entries, heads
-    00000.safetensors ...    shards of a whole number of blocks: `planes`, and `blocks`, a row of `packing` for each
+    00000.safetensors ...    shards of a whole number of blocks: `planes`, and `blocks`, a row of the table for each
 
 A block is a few neighbouring examples, packed together: taking an example reads and unpacks its block, and
 nothing else of the shard. Where an example lies follows from the counts of those before it. Signals are a
@@ -24,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -38,7 +38,7 @@ from limbeck.ledger.canonical import digest_file, digest_json
 from limbeck.records import Example
 from limbeck.render.examples import read_examples
 from limbeck.rundir import atomic
-from limbeck.signal.encoding import SampledArrays, decode_sampled
+from limbeck.signal.codec import Codec, Span
 from limbeck.signal.manifest import (
     MANIFEST,
     VERSION,
@@ -50,8 +50,10 @@ from limbeck.signal.manifest import (
     refuse_stale,
     remedy,
 )
-from limbeck.signal.packing import Packed, columns, group, pack, unpack
-from limbeck.signal.types import SampledLayout, SampledSignal, TextSignal
+from limbeck.signal.packing import group
+from limbeck.signal.planes import Packed
+from limbeck.signal.stored import CODECS, StoredArrays, StoredSignal, codec_of
+from limbeck.signal.types import TextSignal
 
 _INDEX, _KEY = "index.parquet", "key.json"
 _INDEX_SCHEMA = pa.schema([("id", pa.string()), *((n, pa.int32()) for n in ("block", "positions", "entries", "heads"))])
@@ -68,7 +70,7 @@ class Planned(NamedTuple):
 
 
 class SignalWriter:
-    """Writes a store of sampled signals shard by shard. What an earlier attempt finished for the same key
+    """Writes a store of signals shard by shard. What an earlier attempt finished for the same key
     and plan is kept; what it left for another is removed.
     """
 
@@ -76,7 +78,7 @@ class SignalWriter:
         self._final = Path(directory)
         self._part = self._final.with_name(f".{self._final.name}.part")
         self._store = self._part / "store"
-        self._key, self._plan, self._layout = key, plan, _layout(key)
+        self._key, self._plan, self._codec = key, plan, codec_of(key)
         plan_digest = digest_json([[list(p) for p in shard] for shard in plan])
         wanted = json.dumps([VERSION, key.model_dump(mode="json"), plan_digest])
         found = self._part / _KEY
@@ -91,19 +93,19 @@ class SignalWriter:
         """Numbers of the shards that are still to be written."""
         return [n for n in range(len(self._plan)) if not (self._store / _name(n)).is_file()]
 
-    def write(self, number: int, arrays: Sequence[SampledArrays]) -> None:
-        """Write shard `number`: one `SampledArrays` for each of its planned examples, in order.
+    def write(self, number: int, arrays: Sequence[StoredArrays]) -> None:
+        """Write shard `number`: the arrays of each of its planned examples, in order.
 
         Raises:
             InputError: arrays of other numbers of positions than planned.
 
         """
-        wanted, found = [p.positions for p in self._plan[number]], [len(a.n_head) for a in arrays]
+        wanted, found = [p.positions for p in self._plan[number]], [self._codec.positions(a) for a in arrays]
         if wanted != found:
             problem = Problem(f"shard {number}: positions of each example", str(found), str(wanted))
             raise InputError("these signals are not those of the plan", [problem])
-        blocks = [pack(_join(arrays[own.start : own.stop]), self._layout) for own in group(wanted)]
-        table = np.array([block.row for block in blocks], "<u4").reshape(len(blocks), columns(self._layout))
+        blocks = [self._codec.pack(arrays[own.start : own.stop]) for own in group(wanted)]
+        table = np.array([block.row for block in blocks], "<u4").reshape(len(blocks), self._codec.columns)
         planes = np.frombuffer(b"".join(block.planes for block in blocks), np.uint8)
         with atomic(self._store / _name(number)) as half:
             # save_file would write through a temporary file of its own, which a kill leaves behind.
@@ -116,7 +118,7 @@ class SignalWriter:
         for number, planned in enumerate(self._plan):
             path = self._store / _name(number)
             shard = _Mapped.of(path)
-            rows += _index_rows(shard, planned, self._layout)
+            rows += _index_rows(shard, planned, self._codec)
             shards.append(_describe(path, shard, len(planned)))
         with atomic(self._store / _INDEX) as half:
             fields = [pa.array([row[i] for row in rows], field.type) for i, field in enumerate(_INDEX_SCHEMA)]
@@ -188,37 +190,22 @@ class _Mapped(NamedTuple):
         blocks = array("blocks")
         return cls(blocks, array("planes"), blocks[:, 3:].sum(axis=1, dtype=np.int64).cumsum())
 
-    def unpacked(self, number: int, layout: SampledLayout) -> SampledArrays:
-        """The arrays of a block."""
+    def packed(self, number: int) -> Packed:
+        """A block."""
         row = self.blocks[number].tolist()
         end = int(self.ends[number])
-        return unpack(Packed.of(row, self.planes[end - sum(row[3:]) : end].tobytes()), layout)
-
-
-def _layout(key: SignalKey) -> SampledLayout:
-    assert key.tau is not None
-    return SampledLayout.of(key.tau, key.vocab_size)
-
-
-def _join(arrays: Sequence[SampledArrays]) -> SampledArrays:
-    return SampledArrays(*(np.concatenate(column) for column in zip(*arrays, strict=True)))
+        return Packed.of(row, self.planes[end - sum(row[3:]) : end].tobytes())
 
 
 def _index_rows(
-    shard: _Mapped, planned: Sequence[Planned], layout: SampledLayout
+    shard: _Mapped, planned: Sequence[Planned], codec: Codec[Any, Any]
 ) -> Iterator[tuple[str, int, int, int, int]]:
     """The rows of the index for a shard; one block is unpacked at a time."""
     for block, own in enumerate(group([p.positions for p in planned])):
-        arrays, examples = shard.unpacked(block, layout), [planned[i] for i in own]
-        ends = np.cumsum([0, *(p.positions for p in examples)])
-        heads, tails = _sums(arrays.n_head, ends), _sums(arrays.n_tail, ends)
-        for example, head, tail in zip(examples, heads.tolist(), tails.tolist(), strict=True):
-            yield example.id, block, example.positions, head + tail, head
-
-
-def _sums(counts_N: NDArray[np.generic], ends: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The sum of the counts between neighbouring ends."""
-    return np.diff(np.concatenate([[0], np.cumsum(counts_N, dtype=np.int64)])[ends])
+        examples = [planned[i] for i in own]
+        counts = codec.counts(codec.unpack(shard.packed(block)), [p.positions for p in examples])
+        for example, (entries, heads) in zip(examples, counts, strict=True):
+            yield example.id, block, example.positions, entries, heads
 
 
 def _describe(path: Path, shard: _Mapped, examples: int) -> Shard:
@@ -238,13 +225,11 @@ class _Row(NamedTuple):
 
     shard: int
     block: int
-    positions: slice
-    entries: slice
-    heads: slice
+    span: Span
 
     @property
     def size(self) -> int:
-        return self.positions.stop - self.positions.start
+        return self.span.positions.stop - self.span.positions.start
 
 
 class SignalStore:
@@ -278,7 +263,7 @@ class SignalStore:
         manifest = read_manifest(root)
         if expect is not None:
             refuse_stale(root, manifest.key, expect)
-        if manifest.kind != "sampled":
+        if manifest.kind not in CODECS:
             if examples is None:
                 examples = read_examples(root.parent / "examples").train
             refuse_stale(
@@ -295,7 +280,7 @@ class SignalStore:
         """Bytes of all files of the store, the manifest among them."""
         return self.manifest.counts.bytes + (self.root / MANIFEST).stat().st_size
 
-    def shards(self) -> Iterator[SampledSignal | TextSignal]:
+    def shards(self) -> Iterator[StoredSignal | TextSignal]:
         """The signals shard by shard, in the order they are stored; no more than one shard is held."""
         ids = iter(self._rows)
         for shard in self.manifest.shards:
@@ -308,7 +293,7 @@ class SignalStore:
         """Supervised positions of an example."""
         return self._find([example_id])[0].size
 
-    def take(self, example_ids: Sequence[str]) -> SampledSignal | TextSignal:
+    def take(self, example_ids: Sequence[str]) -> StoredSignal | TextSignal:
         """The signal over the supervised positions of these examples, one after the other, on the CPU.
 
         Raises:
@@ -325,26 +310,18 @@ class SignalStore:
             texts = [self._texts[i] for i in example_ids]
             ids_N = np.concatenate([e.tokens_T[e.mask_T] for e in texts]) if texts else np.zeros(0, np.int32)
             return TextSignal(torch.from_numpy(ids_N.astype(np.int64)), key.vocab_size)
-        assert key.tau is not None
-        assert key.temperature is not None
-        if not rows:
-            none_N, none_H = torch.zeros(0, dtype=torch.int32), torch.zeros(0)
-            return SampledSignal(none_N, none_N, none_N, none_H, none_H, key.tau, key.vocab_size, key.temperature)
-        arrays = self._gathered(rows)
-        return decode_sampled(arrays, tau=key.tau, vocab_size=key.vocab_size, temperature=key.temperature)
+        return codec_of(key).decode(self._gathered(rows))
 
-    def _gathered(self, rows: Sequence[_Row]) -> SampledArrays:
-        """The arrays of these examples, one after the other. Each block is unpacked once, and only one is held."""
-        layout, parts = _layout(self.manifest.key), dict[int, SampledArrays]()
+    def _gathered(self, rows: Sequence[_Row]) -> list[StoredArrays]:
+        """The arrays of these examples. Each block is unpacked once, and only one is held."""
+        codec, parts = codec_of(self.manifest.key), dict[int, StoredArrays]()
         held, place = None, None
         for number in sorted(range(len(rows)), key=lambda n: rows[n][:2]):
             row = rows[number]
             if held is None or place != row[:2]:
-                held, place = self._shard(row.shard).unpacked(row.block, layout), row[:2]
-            own = {"ids": row.entries, "head": row.heads}
-            fields = SampledArrays._fields
-            parts[number] = SampledArrays(*(getattr(held, n)[own.get(n, row.positions)].copy() for n in fields))
-        return _join([parts[number] for number in range(len(rows))])
+                held, place = codec.unpack(self._shard(row.shard).packed(row.block)), row[:2]
+            parts[number] = codec.cut(held, row.span)
+        return [parts[number] for number in range(len(rows))]
 
     def _find(self, example_ids: Sequence[str]) -> list[_Row]:
         if missing := [i for i in example_ids if i not in self._rows]:
@@ -386,10 +363,10 @@ def _read_index(root: Path, manifest: SignalManifest) -> dict[str, _Row]:
         for name, block, *sizes in islice(counts, shard.examples):
             starts = ends if block == last else (0, 0, 0)
             last, ends = block, tuple(start + size for start, size in zip(starts, sizes, strict=True))
-            rows[name] = _Row(number, block, *(slice(a, b) for a, b in zip(starts, ends, strict=True)))
+            rows[name] = _Row(number, block, Span(*(slice(a, b) for a, b in zip(starts, ends, strict=True))))
     return rows
 
 
 def _text_row(example: Example) -> _Row:
     whole = slice(0, example.supervised)
-    return _Row(0, 0, whole, whole, slice(0, 0))
+    return _Row(0, 0, Span(whole, whole, slice(0, 0)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, cast
@@ -27,10 +28,11 @@ from limbeck.seeds import derive_seed
 from limbeck.signal.annotate import signal_key
 from limbeck.signal.head import head_of
 from limbeck.signal.store import SignalStore
+from limbeck.signal.types import SignalKind
 from limbeck.tables import write_records
 from limbeck.train.adapter import adapted, merged_copy
 from limbeck.train.feed import Feed
-from limbeck.train.losses import Loss, check_pairing
+from limbeck.train.losses import Loss, Pairing, check_pairing
 from limbeck.train.rollouts import Rollouts
 from limbeck.train.schedule import Schedule, make_schedule
 from limbeck.train.sources import LiveTeacher, SignalSource, Stored
@@ -45,7 +47,7 @@ def train(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
     examples = read_examples(run / "examples")
     store = SignalStore.open(run / "signals", expect=signal_key(recipe, examples), examples=examples.train)
     loss = loss_of(settings)
-    check_pairing(loss, store.manifest.kind, allow_biased=settings.allow_biased)
+    pairings = check_pairing(loss, store.manifest.kind, allow_biased=settings.allow_biased)
     schedule = _schedule(recipe, examples)
     dtype = models.precision_dtype(settings.precision)
     model = _student(recipe, run, dtype)
@@ -95,7 +97,8 @@ def train(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
             return {}
         write_records(run / "rollouts.parquet", rollouts.records() if rollouts else (), Rollout)
     _save_student(model, weights, tokenizer, run, dtype)
-    return _record(recipe, run, trainer.state.log_history, model, schedule, examples, dtype, padding)
+    biased = biased_terms(recipe, store.manifest.kind, pairings)
+    return _record(recipe, run, trainer.state.log_history, model, schedule, examples, dtype, padding, biased)
 
 
 def _student(recipe: Recipe, run: RunDir, dtype: torch.dtype) -> PreTrainedModel:
@@ -161,6 +164,15 @@ def loss_of(settings: recipe_.Train) -> tuple[Loss, ...]:
         )
         for term in settings.terms
     )
+
+
+def biased_terms(recipe: Recipe, kind: SignalKind, pairings: Sequence[Pairing]) -> list[JsonValue]:
+    """The terms whose value is not the loss they are named after, each with its signal and the reason."""
+    return [
+        {"term": str(term), "signal": "text" if term.on == "text" else kind, "why": pairing.why}
+        for term, pairing in zip(recipe.train.terms, pairings, strict=True)
+        if pairing.bias != "none"
+    ]
 
 
 def _source(recipe: Recipe, store: SignalStore) -> SignalSource:
@@ -259,6 +271,7 @@ def _record(
     examples: ExampleSet,
     dtype: torch.dtype,
     padding: float,
+    biased: list[JsonValue],
 ) -> dict[str, JsonValue]:
     """Writes the loss curve; returns the facts of the stage."""
     rows = [row for row in history if "loss" in row]
@@ -275,6 +288,7 @@ def _record(
     ]
     facts: dict[str, JsonValue] = {
         "loss": recipe.train.loss_in_words,
+        "biased": biased,
         "unit": "nats a token",
         "precision": str(dtype).removeprefix("torch."),
         "examples": len(examples.train),

@@ -1,0 +1,454 @@
+"""Signals that a server says: exactly its distribution, never paid for twice, and never a number it did not say."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import zlib
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import served
+from command import ROOT, call
+from conftest import prompt_file, recipe_dict
+from served import SERVER, SIZE, recipe_for, run_with
+from test_annotate import chat
+
+import limbeck
+from limbeck.collect.journal import Journal
+from limbeck.errors import InputError, ModelError, RecipeError, StaleError
+from limbeck.ledger.canonical import manifest
+from limbeck.preflight import preflight
+from limbeck.recipe import Recipe
+from limbeck.render.examples import read_examples
+from limbeck.signal import annotate as stage
+from limbeck.signal import endpoint
+from limbeck.signal.annotate import annotate, signal_key
+from limbeck.signal.answers import read_answer
+from limbeck.signal.audit import audit
+from limbeck.signal.endpoint import wait_of
+from limbeck.signal.store import SignalStore
+from limbeck.signal.types import TopKSignal
+from limbeck.testing import Cut, Faults, Malformed, RateLimit, Refusal4xx, Server, ServerError, Settings
+
+LENGTHS = [30, 12, 45, 20, 27, 33, 50, 28]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return served.save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch):
+    """Small shards, and short waits between tries."""
+    monkeypatch.setattr(stage, "_SHARD_MIN", 40)
+    monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.01)
+
+
+def taken(store: SignalStore, *ids: str) -> TopKSignal:
+    found = store.take(ids)
+    assert isinstance(found, TopKSignal)
+    return found
+
+
+@pytest.mark.parametrize("ask", ["prompt_logprobs", "echo"])
+def test_what_is_stored_is_what_the_server_says(teacher, tmp_path, ask):
+    """The oracle is the distribution that the test server declares, sorted by numpy."""
+    with Server(SERVER) as server:
+        recipe = recipe_for(teacher, server.url + "/v1", ask=ask)
+        run = run_with(tmp_path, recipe, LENGTHS)
+        facts = annotate(recipe, run)
+        assert server.bill.requests == len(LENGTHS)
+        assert annotate(recipe, run)["positions"] == facts["positions"]
+        assert server.bill.requests == len(LENGTHS), "finished signals are not asked for again"
+        examples = read_examples(run / "examples")
+        store = SignalStore.open(run / "signals", expect=signal_key(recipe, examples), examples=examples.train)
+        for example in examples.train:
+            found = taken(store, example.id)
+            places = np.flatnonzero(example.mask_T)
+            assert len(found) == len(places)
+            for row, place in enumerate(places):
+                log_V = np.array(server.distribution(example.tokens_T[:place].tolist()))
+                best = np.argsort(-log_V)[:7]
+                assert found.ids_NK[row].tolist() == best.tolist()
+                np.testing.assert_allclose(found.log_probs_NK[row], log_V[best], atol=1e-6)
+                assert float(found.tail_mass_N[row]) == pytest.approx(1 - np.exp(log_V[best]).sum(), abs=1e-6)
+    said = {"id": "toy", "owned_by": "limbeck"}
+    told = {"base_url": recipe.signal.server.base_url, "model": "toy", "ask": ask, "said": said, "answered": "toy"}
+    assert facts["server"] == told
+    assert store.manifest.key.teachers == {}
+    with Journal(run / "journal.db") as journal:
+        assert len(journal) == len(LENGTHS)
+    with pytest.raises(InputError, match="toy at http"):
+        audit(run / "signals", recipe, examples)
+
+
+def test_the_prompts_own_token_beyond_k_is_no_entry(teacher, tmp_path):
+    """Of random tokens hardly any is among the 7 likeliest, so nearly every row has 8 entries."""
+    with Server(SERVER) as server:
+        recipe = recipe_for(teacher, server.url + "/v1")
+        run = run_with(tmp_path, recipe, [60])
+        annotate(recipe, run)
+    (example,) = read_examples(run / "examples").train
+    found = taken(SignalStore.open(run / "signals"), example.id)
+    own = np.asarray(example.tokens_T)[example.mask_T]
+    assert np.mean((found.ids_NK.numpy() == own[:, None]).any(axis=1)) < 0.3
+
+
+def test_another_server_or_another_model_is_another_signal(teacher, tmp_path, monkeypatch):
+    with Server(SERVER) as server:
+        recipe = recipe_for(teacher, server.url + "/v1")
+        run = run_with(tmp_path, recipe, [30, 12])
+        annotate(recipe, run)
+        examples = read_examples(run / "examples")
+        for changes in ({"model": "other"}, {"ask": "echo"}, {"k": 6}):
+            other = recipe_for(teacher, server.url + "/v1", **changes)
+            with pytest.raises(StaleError, match=r"key\.(server|k)"):
+                SignalStore.open(run / "signals", expect=signal_key(other, examples))
+
+        async def identity(self):
+            return {"id": "toy", "root": "another-model"}
+
+        monkeypatch.setattr(endpoint.Endpoint, "identity", identity)
+        (run / "signals" / "manifest.json").unlink()
+        annotate(recipe, run)
+        assert server.bill.requests == 4, "the answers of the model before it do not count"
+
+
+def test_a_killed_stage_sends_nothing_twice_but_what_was_in_flight(teacher, tmp_path):
+    lengths = [20 + i % 17 for i in range(40)]
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with Server(SERVER.model_copy(update={"delay": 0.05})) as server:
+        recipe = recipe_for(teacher, server.url + "/v1")
+        whole, run = (run_with(tmp_path / name, recipe, lengths) for name in ("whole", "killed"))
+        words = [sys.executable, served.__file__, str(teacher), server.url + "/v1", str(run.root)]
+        for stop in (7, 19):
+            with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE) as process:
+                while server.bill.requests < stop:
+                    assert process.poll() is None, "it ended before it was killed"
+                    time.sleep(0.005)
+                process.send_signal(signal.SIGKILL)
+            assert not (run / "signals").exists()
+        annotate(recipe, run)
+        sent = server.bill.requests
+        assert len(lengths) <= sent <= len(lengths) + 2 * 4, "4 in flight at each of two kills"
+        with Journal(run / "journal.db") as journal:
+            assert len(journal) == len(lengths)
+            assert journal.refused == 0
+        annotate(recipe, whole)
+        assert server.bill.requests == sent + len(lengths)
+    assert manifest(run / "signals") == manifest(whole / "signals")
+
+
+# ---- what goes wrong
+
+
+def attempted(teacher: Path, root: Path, server: Server, **changes):
+    recipe = recipe_for(teacher, server.url + "/v1", **changes)
+    run = run_with(root, recipe, LENGTHS)
+    return recipe, run
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        RateLimit(attempts=1, retry_after="ms", wait=0.02),
+        RateLimit(attempts=2, retry_after="none"),
+        ServerError(status=500, attempts=2),
+        ServerError(status=502, attempts=1),
+        Cut(when="before_billing", attempts=1),
+        Cut(when="before_billing", attempts=1, reset=True),
+        Cut(when="mid_body", attempts=1),
+    ],
+    ids=lambda fault: f"{fault.kind}-{getattr(fault, 'when', '')}{getattr(fault, 'status', '')}",
+)
+def test_what_passes_is_tried_again(teacher, tmp_path, fault):
+    with Server(SERVER, Faults(faults=(fault,))) as server:
+        recipe, run = attempted(teacher, tmp_path, server)
+        assert annotate(recipe, run)["examples"] == len(LENGTHS)
+        twice = fault.kind == "cut" and fault.when == "mid_body"  # that answer was paid for, and lost on the wire
+        assert server.bill.requests == len(LENGTHS) * (2 if twice else 1)
+
+
+def test_a_server_says_when_to_come_again(teacher, tmp_path):
+    with Server(SERVER, Faults(faults=(RateLimit(requests=(1, 1), retry_after="seconds", wait=1),))) as server:
+        recipe, run = attempted(teacher, tmp_path, server)
+        started = time.monotonic()
+        annotate(recipe, run)
+        assert time.monotonic() - started >= 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (Refusal4xx(kind="invalid"), "400: Invalid request."),
+        (Refusal4xx(kind="context"), "400: The context length was exceeded."),
+        (Refusal4xx(kind="forbidden"), "403: You are not allowed"),
+        (Refusal4xx(kind="quota"), "429: You exceeded your current quota."),
+        (Refusal4xx(kind="billing"), "402: Insufficient balance."),
+    ],
+)
+def test_what_cannot_pass_is_told_at_once_in_the_servers_words(teacher, tmp_path, fault, said):
+    with Server(SERVER, Faults(faults=(fault,))) as server:
+        recipe, run = attempted(teacher, tmp_path, server)
+        with pytest.raises(ModelError, match="the server refuses") as caught:
+            annotate(recipe, run)
+        assert said in caught.value.problems[0].found
+        assert "example " in caught.value.problems[0].where
+        assert server.bill.received == 1
+        assert not (run / "signals").exists()
+
+
+def test_a_refused_example_costs_nothing_of_the_others(teacher, tmp_path):
+    with Server(SERVER.model_copy(update={"delay": 0.02})) as server:
+        recipe, run = attempted(teacher, tmp_path, server)
+        bad = read_examples(run / "examples").train[3]
+        fault = Refusal4xx(kind="invalid", contains=str(bad.tokens_T[:8].tolist())[1:-1].replace(" ", ""))
+        server.set_faults(Faults(faults=(fault,)))
+        with pytest.raises(ModelError) as caught:
+            annotate(recipe, run)
+        assert [bad.id in p.where for p in caught.value.problems] == [True]
+        with Journal(run / "journal.db") as journal:
+            assert len(journal) == server.bill.requests, "what was in flight was waited for"
+        server.set_faults(Faults())
+        annotate(recipe, run)
+        assert server.bill.requests == len(LENGTHS)
+
+
+def test_a_dead_server_is_given_up(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoint, "_TRIES", 3)
+    with Server(SERVER, Faults(faults=(ServerError(status=503),))) as server:
+        recipe, run = attempted(teacher, tmp_path / "one", server)
+        with pytest.raises(ModelError, match="does not answer") as caught:
+            annotate(recipe, run)
+        assert server.bill.received == 3
+        assert "503: The engine" in caught.value.problems[0].found
+    with pytest.raises(ModelError, match="does not answer"):
+        annotate(recipe, run)
+
+
+def test_a_broken_answer_is_kept_and_only_it_is_asked_for_anew(teacher, tmp_path):
+    with Server(SERVER) as server:
+        recipe, run = attempted(teacher, tmp_path, server)
+        bad = read_examples(run / "examples").train[5]
+        some = str(bad.tokens_T[:8].tolist())[1:-1].replace(" ", "")
+        server.set_faults(Faults(faults=(Malformed(contains=some, attempts=1),)))
+        with pytest.raises(ModelError, match="cannot be used") as caught:
+            annotate(recipe, run)
+        assert f"example {bad.id}" in caught.value.problems[0].where
+        with Journal(run / "journal.db") as journal:
+            kept = len(journal)
+        assert kept == server.bill.requests
+        annotate(recipe, run)
+        assert server.bill.requests == len(LENGTHS) + 1
+        assert list(server.bill.doubled.values()) == [2]
+
+
+def test_more_than_the_server_gives_is_refused_in_its_words(teacher, tmp_path):
+    with Server(Settings(vocabulary=SIZE, max_logprobs=5)) as server:
+        recipe, run = attempted(teacher, tmp_path, server)
+        with pytest.raises(ModelError, match="greater than max allowed: 5"):
+            annotate(recipe, run)
+
+
+def test_a_model_with_another_vocabulary_is_refused(teacher, tmp_path, teacher_dir):
+    with Server(Settings(vocabulary=400)) as server:
+        recipe, run = attempted(teacher, tmp_path / "narrow", server)
+        with pytest.raises(ModelError, match="is out of vocabulary"):
+            annotate(recipe, run)
+    with Server(Settings(vocabulary=700)) as server:  # wider: ids that our tokenizer does not have
+        recipe, run = attempted(teacher, tmp_path / "wide", server)
+        with pytest.raises(ModelError, match="the model there has another"):
+            annotate(recipe, run)
+    with Server(Settings(vocabulary=320)) as server:  # as wide as ours, and not ours
+        recipe = recipe_for(teacher_dir, server.url + "/v1")
+        run = served.RunDir(tmp_path / "equal")
+        chats = [chat(i, 40, recipe.teachers[0].name) for i in range(3)]
+        some = served.digest_bytes(b"x")
+        made = served.make_set(chats, tokenizer=some, templates={recipe.teachers[0].name: some}, max_length=999)
+        served.write_examples(run / "examples", made)
+        with pytest.raises(ModelError, match="another vocabulary") as caught:
+            annotate(recipe, run)
+        assert "as our tokenizer has it" in caught.value.problems[0].expected
+
+
+# ---- answers by hand: example of 4 tokens, the last two supervised
+
+
+def listed(*entries: tuple[int, float], ranks: bool = True) -> dict:
+    return {
+        str(token): {"logprob": math.log(p), "rank": rank if ranks else None, "decoded_token": None}
+        for rank, (token, p) in enumerate(entries, 1)
+    }
+
+
+WHOLE = [None, listed((5, 0.9)), listed((7, 0.5), (8, 0.2), (6, 0.1)), listed((7, 0.4), (9, 0.3))]
+
+
+def read(rows=WHOLE, *, k: int = 2, words=lambda token: "", **choice) -> TopKSignal:
+    example = chat(0, 4, "t")
+    example = served_example([4, 5, 6, 7], [False, False, True, True], example)
+    body = {"model": "m", "choices": [{"prompt_logprobs": rows} | choice]}
+    return read_answer(
+        json.dumps(body).encode(), example, ask="prompt_logprobs", k=k, vocab_size=10, words=words
+    ).signal
+
+
+def served_example(tokens, mask, like):
+    return type(like)(
+        "ex", np.array(tokens, np.int32), np.array(mask), like.prompt_id, like.completion, like.teacher, like.split
+    )
+
+
+def test_an_answer_by_hand():
+    found = read()
+    assert found.ids_NK.tolist() == [[7, 8], [7, 9]]
+    np.testing.assert_allclose(found.log_probs_NK.exp(), [[0.5, 0.2], [0.4, 0.3]], rtol=1e-6)
+    np.testing.assert_allclose(found.tail_mass_N, [0.3, 0.3], rtol=1e-6)
+    unordered = [*WHOLE[:2], listed((6, 0.1), (8, 0.2), (7, 0.5), ranks=False), WHOLE[3]]
+    assert read(unordered).ids_NK.tolist() == [[7, 8], [7, 9]]
+    tie = [*WHOLE[:2], listed((6, 0.2), (8, 0.2), (7, 0.5), ranks=False), WHOLE[3]]
+    assert read(tie).ids_NK.tolist() == [[7, 8], [7, 9]], "of two equals the one that was listed only as the prompt's"
+
+
+@pytest.mark.parametrize(
+    ("place", "row", "words"),
+    [
+        (2, None, "position 2 of 4\n.*no log-probabilities"),
+        (3, {}, "position 3 of 4\n.*no log-probabilities"),
+        (2, listed((6, 0.5)), "position 2 of 4\n.*no token of rank 2"),
+        (2, listed((6, 0.5), ranks=False), "position 2 of 4\n.*1 tokens"),
+        (3, {"7": {"logprob": -1.0, "rank": 1}, "9": {"logprob": -2.0, "rank": 3}}, "no token of rank 2"),
+        (2, listed((6, 0.5), (12, 0.2)), "token 12\n.*another"),
+        (2, listed((6, 0.5), (8, 1.5)), "0.405.* for token 8"),
+        (2, listed((6, 0.7), (8, 0.7)), "sum to 1.4"),
+        (2, {"6": {"logprob": None, "rank": 1}}, "TypeError"),
+        (2, {"six": {"logprob": -1.0}}, "ValueError"),
+        (1, listed((6, 0.5), (8, 0.2)), "position 1 without token 5"),
+        (3, listed((8, 0.5), (9, 0.2)), "position 3 without token 7"),
+    ],
+)
+def test_nothing_is_filled_in(place, row, words):
+    with pytest.raises(ModelError, match=f"(?s){words}") as caught:
+        read([*WHOLE[:place], row, *WHOLE[place + 1 :]])
+    assert "example ex" in str(caught.value)
+
+
+def test_all_wrong_positions_of_an_answer_are_told():
+    with pytest.raises(ModelError) as caught:
+        read([None, WHOLE[1], None, None])
+    assert len(caught.value.problems) == 2
+
+
+def test_other_tokens_than_were_sent_are_refused():
+    with pytest.raises(ModelError, match=r"3 token ids, at position 0 \[4, 5, 6\]|at position 3"):
+        read(prompt_token_ids=[4, 5, 6])
+    with pytest.raises(ModelError, match=r"at position 1 \[9, 6, 7\]"):
+        read(prompt_token_ids=[4, 9, 6, 7])
+    with pytest.raises(ModelError, match="of 3 tokens"):
+        read(WHOLE[:3])
+    with pytest.raises(ModelError, match="a list, as vLLM"):
+        read(None)
+
+
+def test_an_echo_without_ids_is_refused():
+    example = served_example([4, 5], [False, True], chat(0, 4, "t"))
+
+    def echoed(tokens, top):
+        body = {"model": "m", "choices": [{"logprobs": {"tokens": tokens, "top_logprobs": top}}]}
+        return read_answer(json.dumps(body).encode(), example, ask="echo", k=1, vocab_size=10, words=str).signal
+
+    top = [None, {"token_id:5": -0.5}, {"token_id:1": -0.1}]
+    assert echoed(["token_id:4", "token_id:5", "token_id:1"], top).ids_NK.tolist() == [[5]]
+    with pytest.raises(ModelError, match="return_tokens_as_token_ids"):
+        echoed(["a", "b"], top)
+    with pytest.raises(ModelError, match="that were sent"):
+        echoed(["token_id:4", "token_id:6"], top)
+    with pytest.raises(ModelError, match="no log-probabilities"):
+        echoed(["token_id:4", "token_id:5"], [None, None])
+
+
+def test_retry_after_in_all_its_forms():
+    assert wait_of({}) is None
+    assert wait_of({"retry-after": "7"}) == 7
+    assert wait_of({"retry-after-ms": "250", "retry-after": "7"}) == 0.25
+    assert wait_of({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
+    assert wait_of({"retry-after": "soon"}) is None
+
+
+# ---- keys and recipes
+
+
+def test_a_key_comes_from_the_environment_and_is_written_nowhere(teacher, tmp_path, monkeypatch):
+    key = "sk-only-in-the-environment"
+    monkeypatch.setenv("SERVED_KEY", key)
+    with Server(Settings(vocabulary=SIZE, api_keys=(key,))) as server:
+        recipe, run = attempted(teacher, tmp_path, server, api_key_env="SERVED_KEY")
+        annotate(recipe, run)
+        files = [p for p in run.root.rglob("*") if p.is_file()]
+        assert len(files) > 3
+        assert all(key.encode() not in p.read_bytes() for p in files)
+        with closing(sqlite3.connect(run / "journal.db")) as db:
+            for request, raw in db.execute("SELECT request, raw FROM answers"):
+                assert key.encode() not in zlib.decompress(request) + zlib.decompress(raw)
+        monkeypatch.setenv("SERVED_KEY", "sk-a-wrong-one")
+        (run / "signals" / "manifest.json").unlink()
+        with pytest.raises(ModelError, match="401") as caught:
+            annotate(recipe, run)
+        assert "sk-a-wrong-one" not in str(caught.value)
+    monkeypatch.delenv("SERVED_KEY")
+    with pytest.raises(ModelError, match="SERVED_KEY is not set"):
+        annotate(recipe, run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"signal": {"server": {"api_key_env": "NO_SUCH_KEY"}}}, "NO_SUCH_KEY is not set"),
+        ({"train": {"temperature": 2.0}}, "without the tail they cannot be softened"),
+        ({"train": {"allow_biased": False}}, "biased"),
+    ],
+)
+def test_preflight_refuses_what_a_server_cannot_give(teacher, tmp_path, changes, words):
+    base = recipe_dict(teacher, prompt_file(tmp_path / "prompts.jsonl", 12))
+    server = {"base_url": "http://127.0.0.1:9/v1", "model": "toy"} | changes.get("signal", {}).get("server", {})
+    base |= {"signal": {"kind": "top_k", "k": 7, "server": server}}
+    base["train"] = {"allow_biased": True} | changes.get("train", {})
+    with pytest.raises(RecipeError, match=words):
+        preflight(Recipe.model_validate(base))
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://me:secret@host/v1", "ftp://host"])
+def test_an_address_with_a_password_or_none_at_all_is_refused(teacher, url):
+    with pytest.raises(ValueError, match="base_url"):
+        recipe_for(teacher, url)
+
+
+def test_a_student_learns_from_a_server_and_everybody_is_told_of_the_bias(teacher, tmp_path):
+    with Server(SERVER) as server:
+        base = recipe_dict(teacher, prompt_file(tmp_path / "prompts.jsonl", 20))
+        base["signal"] = {"kind": "top_k", "k": 20, "server": {"base_url": server.url + "/v1", "model": "toy"}}
+        base["train"] |= {"allow_biased": True}
+        run = limbeck.run(Recipe.model_validate(base), tmp_path / "run").root
+    training = json.loads((run / "training.json").read_text())
+    (term,) = training["biased"]
+    assert (term["term"], term["signal"]) == ("forward_kl", "top_k")
+    assert "one bucket" in term["why"]
+    first, last = training["steps"][0]["loss"], training["steps"][-1]["loss"]
+    assert 0 < last < first, "it learned from what the server said"
+    report, card = (run / "report.html").read_text(), (run / "student" / "README.md").read_text()
+    assert "not exactly the loss that is named" in report
+    assert "blind to how the student spreads its tail" in report
+    assert "training loss was biased" in card
+    assert "blind to how the student spreads its tail" in card
+    assert "top-k, k 20" in card.replace("\\", "")
+    told = call("ledger", "verify", run)
+    assert told.exit_code == 0, told.output
