@@ -25,6 +25,7 @@ from limbeck.recipe import (
     PretrainedStudent,
     Recipe,
     TextSignalSettings,
+    TopKSignalSettings,
 )
 from limbeck.rundir import atomic
 
@@ -35,7 +36,7 @@ _OTHER_KINDS: dict[str, tuple[type[BaseModel], ...]] = {
     "teacher": (OpenAITeacher,),
     "prompts": (FilePrompts,),
     "student": (PretrainedStudent,),
-    "signal": (HiddenSignalSettings, TextSignalSettings),
+    "signal": (HiddenSignalSettings, TopKSignalSettings, TextSignalSettings),
 }
 """The variants that are shown, as comments, beside the one that is set."""
 
@@ -128,11 +129,11 @@ def _items(field: FieldInfo, values: list[object], indent: str) -> list[str]:
 
 def _other(key: str, model: type[BaseModel], listed: bool) -> list[str]:
     """A variant in full, its required keys with a word in capitals for the value."""
-    inner = [
-        f"{name}: {name.upper() if field.default is PydanticUndefined else _scalar(field.default)}"
-        + (f"    # {_one_line(field.description)}" if field.description else "")
-        for name, field in model.model_fields.items()
-    ]
+    inner: list[str] = []
+    for name, field in model.model_fields.items():
+        value = name.upper() if field.default is PydanticUndefined else _scalar(field.default)
+        inner.append(f"{name}: {value}" + (f"    # {_one_line(field.description)}" if field.description else ""))
+        inner += [f"# {line}" for part in _instead(field) for line in ("or:", *_other(name, part, False))]
     if listed:
         return [f"{key}:", f"  - {inner[0]}", *[f"    {line}" for line in inner[1:]]]
     return [f"{key}:", *[f"  {line}" for line in inner]]

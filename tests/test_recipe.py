@@ -191,14 +191,13 @@ def test_truth_is_no_number(tmp_path):
     """Pydantic takes true for 1; every key that the schema says is for numbers refuses it."""
     path, schema, checked = write(tmp_path, GOOD), dict(json_schema()), 0
     due = {"integer": "a whole number", "number": "a number"}
-    for key, part in keys_of(schema).items():
-        above, _, name = key.rpartition(".")
+    for key, part in (parts := keys_of(schema)).items():
+        name = key.rpartition(".")[2]
         properties = schema["$defs"].get(part, schema)["properties"]
         shapes = properties[name].get("anyOf", [properties[name]])
         for number in due.keys() & {shape.get("type") for shape in shapes}:
-            kind = properties.get("kind", {}).get("const")
-            override = f"{above}={{kind: {kind}, {name}: true}}" if kind else f"{key}=true"
-            found, expected, remedy = refused(path, override)[f"--set {key}"]
+            overrides = [*kinds_on_the_way(schema, parts, key), f"{key}=true"]
+            found, expected, remedy = refused(path, *overrides)[f"--set {key}"]
             assert (found, expected, remedy[:17]) == ("true (true or false)", due[number], "correct the value"), key
             checked += 1
     assert checked > 20
@@ -235,16 +234,23 @@ def keys_of(schema: dict, name: str = "Recipe", above: str = "") -> dict[str, st
     return found
 
 
+def kinds_on_the_way(schema: dict, parts: dict[str, str], key: str) -> list[str]:
+    """Overrides that make every part which the key lies in the kind that has it."""
+    steps, found = key.split("."), []
+    for depth in range(1, len(steps) + 1):
+        part = parts.get(".".join(steps[:depth]))
+        kind = schema["$defs"].get(part, schema)["properties"].get("kind", {}).get("const")
+        found += [f"{'.'.join(steps[: depth - 1])}={{kind: {kind}}}"] if part and kind else []
+    return found
+
+
 def test_every_misspelt_key_is_refused_with_the_right_one(tmp_path):
     schema: dict = json_schema()
     path = write(tmp_path, GOOD)
-    for key, part in keys_of(schema).items():
-        above, _, name = key.rpartition(".")
-        kind = schema["$defs"].get(part, schema)["properties"].get("kind", {}).get("const")
+    for key in (parts := keys_of(schema)):
         misspelt = f"{key}x"
-        overrides = [f"{above}={{kind: {kind}}}"] if kind else []
-        problems = refused(path, *overrides, f"{misspelt}=1")
-        assert problems[f"--set {misspelt}"][2] == f"did you mean {key}?", name
+        problems = refused(path, *kinds_on_the_way(schema, parts, key), f"{misspelt}=1")
+        assert problems[f"--set {misspelt}"][2] == f"did you mean {key}?", key
 
 
 # Files

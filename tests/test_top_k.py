@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
+from command import call, python
 from conftest import prompt_file, recipe_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_annotate import chat, direct, recipe_for, run_with, small, teachers  # noqa: F401 - fixtures
 from test_store import KEY, plan_of
 
+import limbeck
 from limbeck import models
 from limbeck.errors import InputError, RecipeError, StaleError
 from limbeck.ledger.canonical import manifest
 from limbeck.preflight import preflight
 from limbeck.recipe import Recipe
 from limbeck.render.examples import read_examples
+from limbeck.rundir import RunDir
 from limbeck.signal import annotate as stage
 from limbeck.signal.annotate import annotate, annotate_batch, signal_key
 from limbeck.signal.audit import audit
@@ -228,3 +233,61 @@ def test_preflight_refuses(teacher_dir, tmp_path, changes, words):
     )
     with pytest.raises(RecipeError, match=words):
         preflight(recipe)
+
+
+def test_verify_audits_a_run_and_says_so(teacher_dir, tmp_path):
+    """A run with a local top-k signal, then one whose ledger is right about files that are wrong."""
+    base = recipe_dict(teacher_dir, prompt_file(tmp_path / "prompts.jsonl", 20)) | {"signal": SIGNAL["signal"]}
+    base["train"] = base["train"] | SIGNAL["train"]
+    root = limbeck.run(Recipe.model_validate(base), tmp_path / "run").root
+    training = json.loads((root / "training.json").read_text())
+    assert training["biased"][0]["signal"] == "top_k"
+    assert training["steps"][-1]["loss"] < training["steps"][0]["loss"]
+
+    told = call("ledger", "verify", root, "--audit", "--audit-share", 1)
+    assert told.exit_code == 0, told.output
+    assert "audited against the teacher: nothing differs" in told.output
+    result = json.loads(call("ledger", "verify", root, "--audit", "--json").output)
+    assert result["ok"]
+    assert result["audit"]["examples"] == 1
+    assert result["audit"]["entropy_difference"] is None
+    assert call("ledger", "verify", root, "--audit", "--audit-share", 2).exit_code == 2
+
+    recipe, examples = RunDir(root).recipe(), read_examples(root / "examples")
+    key, store = signal_key(recipe, examples), SignalStore.open(root / "signals")
+    codec, plan = TopKCodec.of(key), [[Planned(e.id, e.supervised) for e in examples.train]]
+    inside = {e.id: taken(store, e.id) for e in examples.train}
+    writer = SignalWriter(root / "signals", key, plan)
+    turned = {p.id: inside[p.id].index_select(torch.arange(p.positions).flip(0)) for p in plan[0]}
+    writer.write(0, [codec.encode([turned[p.id]], torch.Generator()) for p in plan[0]])
+    writer.finish()
+    told = call("ledger", "verify", root, "--audit", "--audit-share", 1, "--json")
+    assert told.exit_code == 1
+    result = json.loads(told.output)
+    assert not result["ok"]
+    assert len(result["audit"]["problems"]) > 100
+    (shard,) = (root / "signals").glob("0*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    told = call("ledger", "verify", root, "--audit")
+    assert told.exit_code == 1
+    assert "NOT audited" in told.output
+
+
+def test_verify_refuses_to_audit_text(teacher_dir, tmp_path):
+    base = recipe_dict(teacher_dir, prompt_file(tmp_path / "prompts.jsonl", 12)) | {"signal": {"kind": "text"}}
+    base["train"] = base["train"] | {"loss": "cross_entropy"}
+    limbeck.run(Recipe.model_validate(base), tmp_path / "run", until="annotate")
+    assert call("ledger", "verify", tmp_path / "run").exit_code == 0
+    told = call("ledger", "verify", tmp_path / "run", "--audit")
+    assert told.exit_code == 2
+    assert "the answers' own tokens" in told.output
+
+
+def test_verifying_without_an_audit_needs_no_torch(tmp_path):
+    root = runs.make_run(tmp_path / "run")
+    code = (
+        "import sys; sys.argv = ['limbeck', 'ledger', 'verify', sys.argv[1]]\n"
+        "from limbeck.cli import app\n"
+        "try:\n    app()\nexcept SystemExit as e:\n    print(e.code, 'torch' in sys.modules)\n"
+    )
+    assert python(code, root).stdout.split()[-2:] == ["0", "False"]

@@ -49,6 +49,16 @@ _Authority = Annotated[
     typer.Option("--authority", metavar="FILE", help="Root certificates of time-stamping authorities, PEM."),
 ]
 
+_Audit = Annotated[
+    bool,
+    typer.Option(
+        "--audit", help="Also run the teacher again over some examples and compare the stored signals; needs torch."
+    ),
+]
+_AuditShare = Annotated[
+    float, typer.Option("--audit-share", metavar="SHARE", help="Share of the training examples that is audited.")
+]
+
 
 @app.command()
 def verify(
@@ -57,20 +67,29 @@ def verify(
     key: _Key = None,
     salts: _Salts = None,
     authority: _Authority = None,
+    audit: _Audit = False,
+    audit_share: _AuditShare = 0.02,
     as_json: _Json = False,
 ) -> None:
     """Recompute everything the ledger says and list every difference.
 
-    Files, chain, tree, signatures, time-stamps, records and their parents. Exit code 0: nothing differs; 1:
-    something does; 2: not a run.
+    Files, chain, tree, signatures, time-stamps, records and their parents; with --audit also what the teacher said.
+    Exit code 0: nothing differs; 1: something does; 2: not a run, or nothing to audit.
     """
     from limbeck.ledger import verify as recompute
     from limbeck.ledger.sealing import read_salts_key
 
     found = read_salts_key(salts) if salts else None
     result = recompute(run, head=head, key=key, salts=found, authority=authority)
-    typer.echo(result.to_json() if as_json else _verification_text(result))
-    if not result.ok:
+    told = result.to_json() if as_json else _verification_text(result)
+    audited = None
+    if audit:
+        from limbeck.cli.audit import audit_run, with_audit  # imports torch
+
+        audited = audit_run(run, audit_share)
+        told = with_audit(told, audited) if as_json else "\n".join([told, printable("\n".join(audited.lines()))])
+    typer.echo(told)
+    if not result.ok or (audited and audited.problems):
         raise typer.Exit(1)
 
 
