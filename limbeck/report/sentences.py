@@ -23,7 +23,7 @@ class Sentence(NamedTuple):
 
 
 def in_plain_words(evidence: Evidence) -> list[list[Sentence]]:
-    """Eight claims for somebody who never trained a model, in paragraphs."""
+    """Eight claims for somebody who never trained a model, in paragraphs; a ninth where the loss was biased."""
     return [
         [_what(evidence), _size(evidence)],
         [_data(evidence), _lessons(evidence), *_bias(evidence)],

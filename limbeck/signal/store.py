@@ -248,7 +248,8 @@ class SignalStore:
         expect: SignalKey | None = None,
         examples: Sequence[Example] | None = None,
     ) -> Self:
-        """Open a store and check every file of it against the manifest.
+        """Open a store and check every file of it against the manifest. That they hold what the teacher says is another
+        question, which `audit.audit` (`limbeck ledger verify --audit`) answers.
 
         `expect` is what the signals must have been made from. `examples` are the training examples, which a
         text signal reads its tokens from; without them, they are read from the `examples` directory beside
