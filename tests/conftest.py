@@ -71,3 +71,20 @@ def tiny_run(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     recipe = limbeck.Recipe.model_validate(recipe_dict(teacher_dir, prompt_file(base / "prompts.jsonl", 40)))
     limbeck.run(recipe, base / "run", until="student")
     return base / "run"
+
+
+@pytest.fixture(scope="session")
+def toy_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny teacher whose tokenizer is the test server's toy vocabulary."""
+    import served
+
+    return served.save_teacher(tmp_path_factory.mktemp("toy-teacher"))
+
+
+@pytest.fixture
+def quick_asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small shards, and short waits between tries."""
+    from limbeck.signal import annotate, endpoint
+
+    monkeypatch.setattr(annotate, "_SHARD_MIN", 40)
+    monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.01)

@@ -15,7 +15,8 @@ from limbeck.recipe import Recipe
 from limbeck.records import Split
 from limbeck.render.examples import make_set, write_examples
 from limbeck.rundir import RunDir
-from limbeck.testing import Settings
+from limbeck.signal import annotate as stage
+from limbeck.testing import Server, Settings
 from limbeck.testing.vocabulary import Vocabulary
 
 SIZE = 515
@@ -75,10 +76,17 @@ def run_with(root: Path, recipe: Recipe, lengths: list[int]) -> RunDir:
     return RunDir(root)
 
 
+LENGTHS = [30, 12, 45, 20, 27, 33, 50, 28]
+
+
+def attempted(teacher: Path, root: Path, server: Server, **changes):
+    recipe = recipe_for(teacher, server.url + "/v1", **changes)
+    run = run_with(root, recipe, LENGTHS)
+    return recipe, run
+
+
 if __name__ == "__main__":  # a process to be killed: TEACHER URL RUN, whose examples are there
     import pyarrow  # noqa: F401 - what takes long is loaded before the work begins
-
-    from limbeck.signal import annotate as stage
 
     stage._SHARD_MIN = 40
     print("ready", flush=True)

@@ -10,15 +10,13 @@ import sys
 import time
 import zlib
 from contextlib import closing
-from pathlib import Path
 
 import numpy as np
 import pytest
 import served
 from command import ROOT, call
 from conftest import prompt_file, recipe_dict
-from served import SERVER, SIZE, recipe_for, run_with
-from test_annotate import chat
+from served import LENGTHS, SERVER, SIZE, attempted, recipe_for, run_with
 
 import limbeck
 from limbeck.collect.journal import Journal
@@ -27,28 +25,12 @@ from limbeck.ledger.canonical import manifest
 from limbeck.preflight import preflight
 from limbeck.recipe import Recipe
 from limbeck.render.examples import read_examples
-from limbeck.signal import annotate as stage
 from limbeck.signal import endpoint
 from limbeck.signal.annotate import annotate, signal_key
 from limbeck.signal.audit import audit
-from limbeck.signal.endpoint import wait_of
 from limbeck.signal.store import SignalStore
 from limbeck.signal.types import TopKSignal
-from limbeck.testing import Cut, Faults, Malformed, RateLimit, Refusal4xx, Server, ServerError, Settings
-
-LENGTHS = [30, 12, 45, 20, 27, 33, 50, 28]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return served.save_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch):
-    """Small shards, and short waits between tries."""
-    monkeypatch.setattr(stage, "_SHARD_MIN", 40)
-    monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.01)
+from limbeck.testing import Server, Settings
 
 
 def taken(store: SignalStore, *ids: str) -> TopKSignal:
@@ -57,11 +39,14 @@ def taken(store: SignalStore, *ids: str) -> TopKSignal:
     return found
 
 
+pytestmark = pytest.mark.usefixtures("quick_asking")
+
+
 @pytest.mark.parametrize("ask", ["prompt_logprobs", "echo"])
-def test_what_is_stored_is_what_the_server_says(teacher, tmp_path, ask):
+def test_what_is_stored_is_what_the_server_says(toy_teacher, tmp_path, ask):
     """The oracle is the distribution that the test server declares, sorted by numpy."""
     with Server(SERVER) as server:
-        recipe = recipe_for(teacher, server.url + "/v1", ask=ask)
+        recipe = recipe_for(toy_teacher, server.url + "/v1", ask=ask)
         run = run_with(tmp_path, recipe, LENGTHS)
         facts = annotate(recipe, run)
         assert server.bill.requests == len(LENGTHS)
@@ -89,10 +74,10 @@ def test_what_is_stored_is_what_the_server_says(teacher, tmp_path, ask):
         audit(run / "signals", recipe, examples)
 
 
-def test_the_prompts_own_token_beyond_k_is_no_entry(teacher, tmp_path):
+def test_the_prompts_own_token_beyond_k_is_no_entry(toy_teacher, tmp_path):
     """Of random tokens hardly any is among the 7 likeliest, so nearly every row has 8 entries."""
     with Server(SERVER) as server:
-        recipe = recipe_for(teacher, server.url + "/v1")
+        recipe = recipe_for(toy_teacher, server.url + "/v1")
         run = run_with(tmp_path, recipe, [60])
         annotate(recipe, run)
     (example,) = read_examples(run / "examples").train
@@ -101,14 +86,14 @@ def test_the_prompts_own_token_beyond_k_is_no_entry(teacher, tmp_path):
     assert np.mean((found.ids_NK.numpy() == own[:, None]).any(axis=1)) < 0.3
 
 
-def test_another_server_or_another_model_is_another_signal(teacher, tmp_path, monkeypatch):
+def test_another_server_or_another_model_is_another_signal(toy_teacher, tmp_path, monkeypatch):
     with Server(SERVER) as server:
-        recipe = recipe_for(teacher, server.url + "/v1")
+        recipe = recipe_for(toy_teacher, server.url + "/v1")
         run = run_with(tmp_path, recipe, [30, 12])
         annotate(recipe, run)
         examples = read_examples(run / "examples")
         for changes in ({"model": "other"}, {"ask": "echo"}, {"k": 6}):
-            other = recipe_for(teacher, server.url + "/v1", **changes)
+            other = recipe_for(toy_teacher, server.url + "/v1", **changes)
             with pytest.raises(StaleError, match=r"key\.(server|k)"):
                 SignalStore.open(run / "signals", expect=signal_key(other, examples))
 
@@ -121,13 +106,13 @@ def test_another_server_or_another_model_is_another_signal(teacher, tmp_path, mo
         assert server.bill.requests == 4, "the answers of the model before it do not count"
 
 
-def test_a_killed_stage_sends_nothing_twice_but_what_was_in_flight(teacher, tmp_path):
+def test_a_killed_stage_sends_nothing_twice_but_what_was_in_flight(toy_teacher, tmp_path):
     lengths = [20 + i % 17 for i in range(40)]
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with Server(SERVER.model_copy(update={"delay": 0.05})) as server:
-        recipe = recipe_for(teacher, server.url + "/v1")
+        recipe = recipe_for(toy_teacher, server.url + "/v1")
         whole, run = (run_with(tmp_path / name, recipe, lengths) for name in ("whole", "killed"))
-        words = [sys.executable, served.__file__, str(teacher), server.url + "/v1", str(run.root)]
+        words = [sys.executable, served.__file__, str(toy_teacher), server.url + "/v1", str(run.root)]
         for stop in (7, 19):
             with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE) as process:
                 while server.bill.requests < stop:
@@ -146,154 +131,33 @@ def test_a_killed_stage_sends_nothing_twice_but_what_was_in_flight(teacher, tmp_
     assert manifest(run / "signals") == manifest(whole / "signals")
 
 
-# ---- what goes wrong
+def test_no_more_are_in_flight_than_the_recipe_says(toy_teacher, tmp_path, monkeypatch):
+    flying, most, complete = 0, 0, endpoint.Endpoint.complete
 
+    async def counted(self, body, what):
+        nonlocal flying, most
+        flying += 1
+        most = max(most, flying)
+        try:
+            return await complete(self, body, what)
+        finally:
+            flying -= 1
 
-def attempted(teacher: Path, root: Path, server: Server, **changes):
-    recipe = recipe_for(teacher, server.url + "/v1", **changes)
-    run = run_with(root, recipe, LENGTHS)
-    return recipe, run
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        RateLimit(attempts=1, retry_after="ms", wait=0.02),
-        RateLimit(attempts=2, retry_after="none"),
-        ServerError(status=500, attempts=2),
-        ServerError(status=502, attempts=1),
-        Cut(when="before_billing", attempts=1),
-        Cut(when="before_billing", attempts=1, reset=True),
-        Cut(when="mid_body", attempts=1),
-    ],
-    ids=lambda fault: f"{fault.kind}-{getattr(fault, 'when', '')}{getattr(fault, 'status', '')}",
-)
-def test_what_passes_is_tried_again(teacher, tmp_path, fault):
-    with Server(SERVER, Faults(faults=(fault,))) as server:
-        recipe, run = attempted(teacher, tmp_path, server)
-        assert annotate(recipe, run)["examples"] == len(LENGTHS)
-        twice = fault.kind == "cut" and fault.when == "mid_body"  # that answer was paid for, and lost on the wire
-        assert server.bill.requests == len(LENGTHS) * (2 if twice else 1)
-
-
-def test_a_server_says_when_to_come_again(teacher, tmp_path):
-    with Server(SERVER, Faults(faults=(RateLimit(requests=(1, 1), retry_after="seconds", wait=1),))) as server:
-        recipe, run = attempted(teacher, tmp_path, server)
-        started = time.monotonic()
-        annotate(recipe, run)
-        assert time.monotonic() - started >= 1
-
-
-@pytest.mark.parametrize(
-    ("fault", "said"),
-    [
-        (Refusal4xx(kind="invalid"), "400: Invalid request."),
-        (Refusal4xx(kind="context"), "400: The context length was exceeded."),
-        (Refusal4xx(kind="forbidden"), "403: You are not allowed"),
-        (Refusal4xx(kind="quota"), "429: You exceeded your current quota."),
-        (Refusal4xx(kind="billing"), "402: Insufficient balance."),
-    ],
-)
-def test_what_cannot_pass_is_told_at_once_in_the_servers_words(teacher, tmp_path, fault, said):
-    with Server(SERVER, Faults(faults=(fault,))) as server:
-        recipe, run = attempted(teacher, tmp_path, server)
-        with pytest.raises(ModelError, match="the server refuses") as caught:
-            annotate(recipe, run)
-        assert said in caught.value.problems[0].found
-        assert "example " in caught.value.problems[0].where
-        assert server.bill.received == 1
-        assert not (run / "signals").exists()
-
-
-def test_a_refused_example_costs_nothing_of_the_others(teacher, tmp_path):
+    monkeypatch.setattr(endpoint.Endpoint, "complete", counted)
     with Server(SERVER.model_copy(update={"delay": 0.02})) as server:
-        recipe, run = attempted(teacher, tmp_path, server)
-        bad = read_examples(run / "examples").train[3]
-        fault = Refusal4xx(kind="invalid", contains=str(bad.tokens_T[:8].tolist())[1:-1].replace(" ", ""))
-        server.set_faults(Faults(faults=(fault,)))
-        with pytest.raises(ModelError) as caught:
-            annotate(recipe, run)
-        assert [bad.id in p.where for p in caught.value.problems] == [True]
-        with Journal(run / "journal.db") as journal:
-            assert len(journal) == server.bill.requests, "what was in flight was waited for"
-        server.set_faults(Faults())
+        recipe, run = attempted(toy_teacher, tmp_path, server, concurrency=3)
         annotate(recipe, run)
-        assert server.bill.requests == len(LENGTHS)
-
-
-def test_a_dead_server_is_given_up(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(endpoint, "_TRIES", 3)
-    with Server(SERVER, Faults(faults=(ServerError(status=503),))) as server:
-        recipe, run = attempted(teacher, tmp_path / "one", server)
-        with pytest.raises(ModelError, match="does not answer") as caught:
-            annotate(recipe, run)
-        assert server.bill.received == 3
-        assert "503: The engine" in caught.value.problems[0].found
-    with pytest.raises(ModelError, match="does not answer"):
-        annotate(recipe, run)
-
-
-def test_a_broken_answer_is_kept_and_only_it_is_asked_for_anew(teacher, tmp_path):
-    with Server(SERVER) as server:
-        recipe, run = attempted(teacher, tmp_path, server)
-        bad = read_examples(run / "examples").train[5]
-        some = str(bad.tokens_T[:8].tolist())[1:-1].replace(" ", "")
-        server.set_faults(Faults(faults=(Malformed(contains=some, attempts=1),)))
-        with pytest.raises(ModelError, match="cannot be used") as caught:
-            annotate(recipe, run)
-        assert f"example {bad.id}" in caught.value.problems[0].where
-        with Journal(run / "journal.db") as journal:
-            kept = len(journal)
-        assert kept == server.bill.requests
-        annotate(recipe, run)
-        assert server.bill.requests == len(LENGTHS) + 1
-        assert list(server.bill.doubled.values()) == [2]
-
-
-def test_more_than_the_server_gives_is_refused_in_its_words(teacher, tmp_path):
-    with Server(Settings(vocabulary=SIZE, max_logprobs=5)) as server:
-        recipe, run = attempted(teacher, tmp_path, server)
-        with pytest.raises(ModelError, match="greater than max allowed: 5"):
-            annotate(recipe, run)
-
-
-def test_a_model_with_another_vocabulary_is_refused(teacher, tmp_path, teacher_dir):
-    with Server(Settings(vocabulary=400)) as server:
-        recipe, run = attempted(teacher, tmp_path / "narrow", server)
-        with pytest.raises(ModelError, match="is out of vocabulary"):
-            annotate(recipe, run)
-    with Server(Settings(vocabulary=700)) as server:  # wider: ids that our tokenizer does not have
-        recipe, run = attempted(teacher, tmp_path / "wide", server)
-        with pytest.raises(ModelError, match="the model there has another"):
-            annotate(recipe, run)
-    with Server(Settings(vocabulary=320)) as server:  # as wide as ours, and not ours
-        recipe = recipe_for(teacher_dir, server.url + "/v1")
-        run = served.RunDir(tmp_path / "equal")
-        chats = [chat(i, 40, recipe.teachers[0].name) for i in range(3)]
-        some = served.digest_bytes(b"x")
-        made = served.make_set(chats, tokenizer=some, templates={recipe.teachers[0].name: some}, max_length=999)
-        served.write_examples(run / "examples", made)
-        with pytest.raises(ModelError, match="another vocabulary") as caught:
-            annotate(recipe, run)
-        assert "as our tokenizer has it" in caught.value.problems[0].expected
-
-
-def test_retry_after_in_all_its_forms():
-    assert wait_of({}) is None
-    assert wait_of({"retry-after": "7"}) == 7
-    assert wait_of({"retry-after-ms": "250", "retry-after": "7"}) == 0.25
-    assert wait_of({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
-    assert wait_of({"retry-after": "soon"}) is None
+    assert most == 3
 
 
 # ---- keys and recipes
 
 
-def test_a_key_comes_from_the_environment_and_is_written_nowhere(teacher, tmp_path, monkeypatch):
+def test_a_key_comes_from_the_environment_and_is_written_nowhere(toy_teacher, tmp_path, monkeypatch):
     key = "sk-only-in-the-environment"
     monkeypatch.setenv("SERVED_KEY", key)
     with Server(Settings(vocabulary=SIZE, api_keys=(key,))) as server:
-        recipe, run = attempted(teacher, tmp_path, server, api_key_env="SERVED_KEY")
+        recipe, run = attempted(toy_teacher, tmp_path, server, api_key_env="SERVED_KEY")
         annotate(recipe, run)
         files = [p for p in run.root.rglob("*") if p.is_file()]
         assert len(files) > 3
@@ -319,8 +183,8 @@ def test_a_key_comes_from_the_environment_and_is_written_nowhere(teacher, tmp_pa
         ({"train": {"allow_biased": False}}, "biased"),
     ],
 )
-def test_preflight_refuses_what_a_server_cannot_give(teacher, tmp_path, changes, words):
-    base = recipe_dict(teacher, prompt_file(tmp_path / "prompts.jsonl", 12))
+def test_preflight_refuses_what_a_server_cannot_give(toy_teacher, tmp_path, changes, words):
+    base = recipe_dict(toy_teacher, prompt_file(tmp_path / "prompts.jsonl", 12))
     server = {"base_url": "http://127.0.0.1:9/v1", "model": "toy"} | changes.get("signal", {}).get("server", {})
     base |= {"signal": {"kind": "top_k", "k": 7, "server": server}}
     base["train"] = {"allow_biased": True} | changes.get("train", {})
@@ -329,14 +193,14 @@ def test_preflight_refuses_what_a_server_cannot_give(teacher, tmp_path, changes,
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://me:secret@host/v1", "ftp://host"])
-def test_an_address_with_a_password_or_none_at_all_is_refused(teacher, url):
+def test_an_address_with_a_password_or_none_at_all_is_refused(toy_teacher, url):
     with pytest.raises(ValueError, match="base_url"):
-        recipe_for(teacher, url)
+        recipe_for(toy_teacher, url)
 
 
-def test_a_student_learns_from_a_server_and_everybody_is_told_of_the_bias(teacher, tmp_path):
+def test_a_student_learns_from_a_server_and_everybody_is_told_of_the_bias(toy_teacher, tmp_path):
     with Server(SERVER) as server:
-        base = recipe_dict(teacher, prompt_file(tmp_path / "prompts.jsonl", 20))
+        base = recipe_dict(toy_teacher, prompt_file(tmp_path / "prompts.jsonl", 20))
         base["signal"] = {"kind": "top_k", "k": 20, "server": {"base_url": server.url + "/v1", "model": "toy"}}
         base["train"] |= {"allow_biased": True}
         run = limbeck.run(Recipe.model_validate(base), tmp_path / "run").root
@@ -348,6 +212,7 @@ def test_a_student_learns_from_a_server_and_everybody_is_told_of_the_bias(teache
     assert 0 < last < first, "it learned from what the server said"
     report, card = (run / "report.html").read_text(), (run / "student" / "README.md").read_text()
     assert "not exactly the loss that is named" in report
+    assert "was said by a server, toy at http://127.0.0.1" in report
     assert "blind to how the student spreads its tail" in report
     assert "training loss was biased" in card
     assert "blind to how the student spreads its tail" in card

@@ -23,10 +23,12 @@ class Sentence(NamedTuple):
 
 
 def in_plain_words(evidence: Evidence) -> list[list[Sentence]]:
-    """Eight claims for somebody who never trained a model, in paragraphs; a ninth where the loss was biased."""
+    """Eight claims for somebody who never trained a model, in paragraphs, and one more each where a server said the
+    probabilities and where the loss was biased.
+    """
     return [
         [_what(evidence), _size(evidence)],
-        [_data(evidence), _lessons(evidence), *_bias(evidence)],
+        [_data(evidence), _lessons(evidence), *_server(evidence), *_bias(evidence)],
         [_agreement(evidence), _distance(evidence), _surprise(evidence)],
         [_limits(evidence)],
     ]
@@ -117,6 +119,16 @@ def _lessons(evidence: Evidence) -> Sentence:
     times = "once" if passes == 1 else f"{passes:g} times"
     text = f"The student went through {once} {times}, {several(seen, 'token')} in all"
     return Sentence(f"{text}; a token is a word or a piece of one.", "train")
+
+
+def _server(evidence: Evidence) -> list[Sentence]:
+    """One sentence where a server said the probabilities that the student learned from."""
+    server = evidence.facts("annotate").get("server")
+    if not isinstance(server, dict):
+        return []
+    who = f"{one_line(str(server.get('model')), 120)} at {one_line(str(server.get('base_url')), 120)}"
+    text = f"How likely each next token is was said by a server, {who}; who answers there, it alone says."
+    return [Sentence(text, "annotate")]
 
 
 def _bias(evidence: Evidence) -> list[Sentence]:

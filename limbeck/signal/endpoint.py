@@ -86,7 +86,8 @@ class Endpoint:
         for number in range(_TRIES):
             if number:
                 backoff = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (number - 1)) * random.uniform(0.5, 1)
-                await asyncio.sleep(backoff if refusal.wait is None else refusal.wait)
+                # A little later than told, and not all at the same moment.
+                await asyncio.sleep(refusal.wait * random.uniform(1, 1.1) if refusal.wait else backoff)
             answer = await self._once(method, path, body)
             if isinstance(answer, bytes):
                 return answer

@@ -124,9 +124,10 @@ class _Asking:
             known = not self._journal.missing([request.key])
             if not known:
                 await self._send(request, example)
+            raw = self._journal.get(request.key).raw
             try:
-                return self._read(self._journal.get(request.key).raw, example)
-            except LimbeckError:
+                return self._read(raw, example)
+            except ModelError:
                 if not known:
                     raise
         raise AssertionError("never here")
