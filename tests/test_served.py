@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-import zlib
 from contextlib import closing
 
 import numpy as np
@@ -20,7 +19,7 @@ from served import LENGTHS, SERVER, SIZE, attempted, recipe_for, run_with
 
 import limbeck
 from limbeck.collect.journal import Journal
-from limbeck.errors import InputError, ModelError, RecipeError, StaleError
+from limbeck.errors import EndpointError, InputError, RecipeError, StaleError
 from limbeck.ledger.canonical import manifest
 from limbeck.preflight import preflight
 from limbeck.recipe import Recipe
@@ -163,15 +162,18 @@ def test_a_key_comes_from_the_environment_and_is_written_nowhere(toy_teacher, tm
         assert len(files) > 3
         assert all(key.encode() not in p.read_bytes() for p in files)
         with closing(sqlite3.connect(run / "journal.db")) as db:
-            for request, raw in db.execute("SELECT request, raw FROM answers"):
-                assert key.encode() not in zlib.decompress(request) + zlib.decompress(raw)
+            rows = [row for (row,) in db.execute("SELECT key FROM answers")]
+        with Journal(run / "journal.db") as journal:
+            kept = [journal.get(row) for row in rows]
+        assert len(kept) == len(LENGTHS)
+        assert all(key.encode() not in one.request + one.raw for one in kept)
         monkeypatch.setenv("SERVED_KEY", "sk-a-wrong-one")
         (run / "signals" / "manifest.json").unlink()
-        with pytest.raises(ModelError, match="401") as caught:
+        with pytest.raises(EndpointError, match="401") as caught:
             annotate(recipe, run)
         assert "sk-a-wrong-one" not in str(caught.value)
     monkeypatch.delenv("SERVED_KEY")
-    with pytest.raises(ModelError, match="SERVED_KEY is not set"):
+    with pytest.raises(EndpointError, match="SERVED_KEY is not set"):
         annotate(recipe, run)
 
 
@@ -219,3 +221,21 @@ def test_a_student_learns_from_a_server_and_everybody_is_told_of_the_bias(toy_te
     assert "top-k, k 20" in card.replace("\\", "")
     told = call("ledger", "verify", run)
     assert told.exit_code == 0, told.output
+
+
+def test_teacher_and_probabilities_may_both_come_from_servers(toy_teacher, tmp_path):
+    """No teacher's weights are here: one endpoint writes the answers, the completions of the same server judge them."""
+    with Server(SERVER.model_copy(update={"words": 12})) as server:
+        address = server.url + "/v1"
+        base = recipe_dict(toy_teacher, prompt_file(tmp_path / "prompts.jsonl", 20))
+        base["teacher"] = {"kind": "openai", "base_url": address, "model": "toy", "terms": "own-model"}
+        base["student"] = {"kind": "pretrained", "model": str(toy_teacher)}
+        base["signal"] = {"kind": "top_k", "k": 20, "server": {"base_url": address, "model": "toy"}}
+        base["train"] |= {"allow_biased": True}
+        run = limbeck.run(Recipe.model_validate(base), tmp_path / "run", until="train").root
+    examples = read_examples(run / "examples")
+    recipe = Recipe.model_validate(base)
+    store = SignalStore.open(run / "signals", expect=signal_key(recipe, examples), examples=examples.train)
+    assert store.manifest.counts.examples == len(examples.train) > 5
+    steps = json.loads((run / "training.json").read_text())["steps"]
+    assert steps[-1]["loss"] < steps[0]["loss"]

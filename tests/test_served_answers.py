@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_annotate import chat
 
-from limbeck.errors import ModelError
+from limbeck.errors import EndpointError, ModelError
 from limbeck.signal.answers import read_answer
 from limbeck.signal.types import TopKSignal
 
@@ -68,25 +68,25 @@ def test_an_answer_by_hand():
     ],
 )
 def test_nothing_is_filled_in(place, row, words):
-    with pytest.raises(ModelError, match=f"(?s){words}") as caught:
+    with pytest.raises(EndpointError, match=f"(?s){words}") as caught:
         read([*WHOLE[:place], row, *WHOLE[place + 1 :]])
     assert "example ex" in str(caught.value)
 
 
 def test_all_wrong_positions_of_an_answer_are_told():
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(EndpointError) as caught:
         read([None, WHOLE[1], None, None])
     assert len(caught.value.problems) == 2
 
 
 def test_other_tokens_than_were_sent_are_refused():
-    with pytest.raises(ModelError, match=r"3 token ids, at position 0 \[4, 5, 6\]|at position 3"):
+    with pytest.raises(EndpointError, match=r"3 token ids, at position 0 \[4, 5, 6\]|at position 3"):
         read(prompt_token_ids=[4, 5, 6])
-    with pytest.raises(ModelError, match=r"at position 1 \[9, 6, 7\]"):
+    with pytest.raises(EndpointError, match=r"at position 1 \[9, 6, 7\]"):
         read(prompt_token_ids=[4, 9, 6, 7])
-    with pytest.raises(ModelError, match="of 3 tokens"):
+    with pytest.raises(EndpointError, match="of 3 tokens"):
         read(WHOLE[:3])
-    with pytest.raises(ModelError, match="a list, as vLLM"):
+    with pytest.raises(EndpointError, match="a list, as vLLM"):
         read(None)
 
 
@@ -99,11 +99,11 @@ def test_an_echo_without_ids_is_refused():
 
     top = [None, {"token_id:5": -0.5}, {"token_id:1": -0.1}]
     assert echoed(["token_id:4", "token_id:5", "token_id:1"], top).ids_NK.tolist() == [[5]]
-    with pytest.raises(ModelError, match="return_tokens_as_token_ids"):
+    with pytest.raises(EndpointError, match="return_tokens_as_token_ids"):
         echoed(["a", "b"], top)
-    with pytest.raises(ModelError, match="that were sent"):
+    with pytest.raises(EndpointError, match="that were sent"):
         echoed(["token_id:4", "token_id:6"], top)
-    with pytest.raises(ModelError, match="no log-probabilities"):
+    with pytest.raises(EndpointError, match="no log-probabilities"):
         echoed(["token_id:4", "token_id:5"], [None, None])
 
 

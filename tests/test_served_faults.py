@@ -10,7 +10,7 @@ from served import LENGTHS, SERVER, SIZE, attempted, recipe_for, run_with
 from test_annotate import chat
 
 from limbeck.collect.journal import Journal
-from limbeck.errors import ModelError
+from limbeck.errors import EndpointError, ModelError
 from limbeck.render.examples import read_examples
 from limbeck.signal import endpoint
 from limbeck.signal.annotate import annotate
@@ -62,7 +62,7 @@ def test_a_server_says_when_to_come_again(toy_teacher, tmp_path):
 def test_what_cannot_pass_is_told_at_once_in_the_servers_words(toy_teacher, tmp_path, fault, said):
     with Server(SERVER, Faults(faults=(fault,))) as server:
         recipe, run = attempted(toy_teacher, tmp_path, server)
-        with pytest.raises(ModelError, match="the server refuses") as caught:
+        with pytest.raises(EndpointError, match="the server refuses") as caught:
             annotate(recipe, run)
         assert said in caught.value.problems[0].found
         assert "example " in caught.value.problems[0].where
@@ -76,7 +76,7 @@ def test_a_refused_example_costs_nothing_of_the_others(toy_teacher, tmp_path):
         bad = read_examples(run / "examples").train[3]
         fault = Refusal4xx(kind="invalid", contains=str(bad.tokens_T[:8].tolist())[1:-1].replace(" ", ""))
         server.set_faults(Faults(faults=(fault,)))
-        with pytest.raises(ModelError) as caught:
+        with pytest.raises(EndpointError) as caught:
             annotate(recipe, run)
         assert [bad.id in p.where for p in caught.value.problems] == [True]
         with Journal(run / "journal.db") as journal:
@@ -90,11 +90,11 @@ def test_a_dead_server_is_given_up(toy_teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(endpoint, "_TRIES", 3)
     with Server(SERVER, Faults(faults=(ServerError(status=503),))) as server:
         recipe, run = attempted(toy_teacher, tmp_path / "one", server)
-        with pytest.raises(ModelError, match="does not answer") as caught:
+        with pytest.raises(EndpointError, match="does not answer") as caught:
             annotate(recipe, run)
         assert server.bill.received == 3
         assert "503: The engine" in caught.value.problems[0].found
-    with pytest.raises(ModelError, match="does not answer"):
+    with pytest.raises(EndpointError, match="does not answer"):
         annotate(recipe, run)
 
 
@@ -104,7 +104,7 @@ def test_a_broken_answer_is_kept_and_only_it_is_asked_for_anew(toy_teacher, tmp_
         bad = read_examples(run / "examples").train[5]
         some = str(bad.tokens_T[:8].tolist())[1:-1].replace(" ", "")
         server.set_faults(Faults(faults=(Malformed(contains=some, attempts=1),)))
-        with pytest.raises(ModelError, match="cannot be used") as caught:
+        with pytest.raises(EndpointError, match="cannot be used") as caught:
             annotate(recipe, run)
         assert f"example {bad.id}" in caught.value.problems[0].where
         with Journal(run / "journal.db") as journal:
@@ -127,7 +127,7 @@ def test_two_models_in_one_run_are_refused(toy_teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(endpoint.Endpoint, "complete", swapped)
     with Server(SERVER) as server:
         recipe, run = attempted(toy_teacher, tmp_path, server)
-        with pytest.raises(ModelError, match="two models answered") as caught:
+        with pytest.raises(EndpointError, match="two models answered") as caught:
             annotate(recipe, run)
         (problem,) = caught.value.problems
         assert (problem.found, problem.expected[:3]) == ("toy-2", "toy")
@@ -138,25 +138,25 @@ def test_two_models_in_one_run_are_refused(toy_teacher, tmp_path, monkeypatch):
 def test_an_address_that_serves_nothing_is_told(toy_teacher, tmp_path):
     with Server(SERVER) as server:
         recipe = recipe_for(toy_teacher, server.url + "/v2")
-        with pytest.raises(ModelError, match=r"v2/completions.*\n.*404"):
+        with pytest.raises(EndpointError, match=r"v2/completions.*\n.*404"):
             annotate(recipe, run_with(tmp_path, recipe, [12]))
 
 
 def test_more_than_the_server_gives_is_refused_in_its_words(toy_teacher, tmp_path):
     with Server(Settings(vocabulary=SIZE, max_logprobs=5)) as server:
         recipe, run = attempted(toy_teacher, tmp_path, server)
-        with pytest.raises(ModelError, match="greater than max allowed: 5"):
+        with pytest.raises(EndpointError, match="greater than max allowed: 5"):
             annotate(recipe, run)
 
 
 def test_a_model_with_another_vocabulary_is_refused(toy_teacher, tmp_path, teacher_dir):
     with Server(Settings(vocabulary=400)) as server:
         recipe, run = attempted(toy_teacher, tmp_path / "narrow", server)
-        with pytest.raises(ModelError, match="is out of vocabulary"):
+        with pytest.raises(EndpointError, match="is out of vocabulary"):
             annotate(recipe, run)
     with Server(Settings(vocabulary=700)) as server:  # wider: ids that our tokenizer does not have
         recipe, run = attempted(toy_teacher, tmp_path / "wide", server)
-        with pytest.raises(ModelError, match="the model there has another"):
+        with pytest.raises(EndpointError, match="the model there has another"):
             annotate(recipe, run)
     with Server(Settings(vocabulary=320)) as server:  # as wide as ours, and not ours
         recipe = recipe_for(teacher_dir, server.url + "/v1")

@@ -262,7 +262,12 @@ class Recipe(Part):
                     "remove it, or use collect.samples for more answers",
                 )
             )
-        kinds = (self.student.kind, self.signal.kind, tuple(source.kind for source in self.prompts))
+        served = self.signal.kind == "top_k" and self.signal.server is not None
+        kinds = (
+            self.student.kind,
+            "served" if served else self.signal.kind,
+            tuple(source.kind for source in self.prompts),
+        )
         problems += endpoint_problems(self.teachers, *kinds)
         if self.train.accumulate > self.train.batch_size:
             problems.append(

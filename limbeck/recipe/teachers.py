@@ -206,7 +206,7 @@ def endpoint_problems(
     teachers: tuple[LocalTeacher | EndpointTeacher, ...], student: str, signal: str, sources: tuple[str, ...]
 ) -> list[Problem]:
     """What a recipe cannot ask of teachers without weights, and keys given twice. `student`, `signal` and `sources` are
-    kinds.
+    kinds; a signal that a server says is `served`.
     """
     problems = []
     for index, teacher in enumerate(teachers):
@@ -217,8 +217,8 @@ def endpoint_problems(
             where = f"teacher.{index}" if len(teachers) > 1 else "teacher"
             found = "both api_key_env and api_key_file"
             problems.append(Problem(where, found, "one of them", "remove the one that does not hold the key"))
-        if signal != "text":
-            found, expected = f"kind {signal} from {who}", "kind: text, the teacher's words"
+        if signal not in ("text", "served"):
+            found, expected = f"kind {signal} from {who}", "kind: text, the teacher's words, or top_k with a server"
             remedy = "use signal: {kind: text} and train: {loss: cross_entropy}"
             problems.append(Problem("signal", found, expected, remedy))
     if teachers and not isinstance(teachers[0], LocalTeacher):

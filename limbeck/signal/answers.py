@@ -21,7 +21,7 @@ import orjson
 import torch
 from pydantic import JsonValue
 
-from limbeck.errors import ModelError, Problem
+from limbeck.errors import EndpointError, ModelError, Problem
 from limbeck.records import Example
 from limbeck.signal.types import TopKSignal
 
@@ -61,8 +61,8 @@ class _Wrong(Exception):  # noqa: N818 - always turned into a `Problem`
 def read_answer(raw: bytes, example: Example, *, ask: str, k: int, vocab_size: int, words: Words) -> Answered:
     """The signal over the supervised positions of an example.
 
-    Raises `ModelError` with the example and the positions for an answer that is not whole, belongs to other tokens, or
-    comes from another vocabulary.
+    Raises `EndpointError` with the example and the positions for an answer that is not whole, or belongs to other
+    tokens, and `ModelError` for one that comes from another vocabulary.
     """
     where = f"the server's answer for example {example.id}"
     sent = [int(token) for token in example.tokens_T]
@@ -194,7 +194,7 @@ def _problem(where: str, wrong: _Wrong) -> Problem:
     return Problem(where, found, expected)
 
 
-def _bad(where: str, problems: list[Problem]) -> ModelError:
+def _bad(where: str, problems: list[Problem]) -> EndpointError:
     more = f", {_TOLD} of {len(problems)} positions shown" if len(problems) > _TOLD else ""
     remedy = "see to the server, then run again: what it answered well is kept, and only this is asked anew"
-    return ModelError(f"an answer cannot be used{more}", [p._replace(remedy=remedy) for p in problems[:_TOLD]])
+    return EndpointError(f"an answer cannot be used{more}", [p._replace(remedy=remedy) for p in problems[:_TOLD]])

@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 import aiohttp
 import orjson
 
-from limbeck.errors import ModelError, Problem
+from limbeck.errors import EndpointError, Problem
 from limbeck.recipe import SignalServer
 
 _TRIES = 8
@@ -44,12 +44,12 @@ class Refusal(NamedTuple):
 class Endpoint:
     """A server, as an asynchronous context manager.
 
-    Raises `ModelError` where the environment holds no key, and `problem_of_key` says so before anything runs.
+    Raises `EndpointError` where the environment holds no key, and `problem_of_key` says so before anything runs.
     """
 
     def __init__(self, settings: SignalServer):
         if problem := problem_of_key(settings):
-            raise ModelError("the server cannot be asked", [problem])
+            raise EndpointError("the server cannot be asked", [problem])
         self._settings, self._base = settings, settings.base_url.rstrip("/")
         self._key = os.environ[settings.api_key_env].strip() if settings.api_key_env else ""
         self._session: aiohttp.ClientSession | None = None
@@ -74,11 +74,11 @@ class Endpoint:
             mine = next((m for m in listed if m.get("id") == self._settings.model), {})
         except (orjson.JSONDecodeError, AttributeError) as error:
             problem = Problem(f"{self._base}/models", repr(found[:80]), "a list of models as JSON", str(error))
-            raise ModelError("the server does not say what it serves", [problem]) from None
+            raise EndpointError("the server does not say what it serves", [problem]) from None
         return {name: str(mine[name]) for name in _STABLE if mine.get(name) is not None}
 
     async def complete(self, body: bytes, what: str) -> bytes:
-        """The raw answer to a completion request. Raises `ModelError` where the server refuses it."""
+        """The raw answer to a completion request. Raises `EndpointError` where the server refuses it."""
         return await self._send("POST", "/completions", body, what)
 
     async def _send(self, method: str, path: str, body: bytes | None, what: str, absent: tuple[int, ...] = ()) -> bytes:
@@ -99,7 +99,7 @@ class Endpoint:
         said = f"{refusal.status}: {refusal.words}" if refusal.status else refusal.words
         remedy = "run again: what was answered is kept" if not refusal.final else "the server's own words say why"
         problem = Problem(f"{self._base}{path}, {what}", said, "an answer", remedy)
-        raise ModelError("the server refuses" if refusal.final else "the server does not answer", [problem])
+        raise EndpointError("the server refuses" if refusal.final else "the server does not answer", [problem])
 
     async def _once(self, method: str, path: str, body: bytes | None) -> bytes | Refusal:
         assert self._session

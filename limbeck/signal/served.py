@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from limbeck.collect.journal import Journal
 from limbeck.collect.teachers import Answer, Request
-from limbeck.errors import LimbeckError, ModelError, Problem
+from limbeck.errors import EndpointError, LimbeckError, ModelError, Problem
 from limbeck.ledger.canonical import canonical
 from limbeck.recipe import SignalServer
 from limbeck.records import Example
@@ -48,7 +48,8 @@ def write_served(
 ) -> int:
     """Write the shards that are not written yet; returns how many.
 
-    Raises `ModelError` for a server that refuses or does not answer, and for answers that cannot be used.
+    Raises `EndpointError` for a server that refuses or does not answer, and for answers that cannot be used, and
+    `ModelError` for a server whose model has another vocabulary.
     """
 
     @cache
@@ -127,7 +128,7 @@ class _Asking:
             raw = self._journal.get(request.key).raw
             try:
                 return self._read(raw, example)
-            except ModelError:
+            except (EndpointError, ModelError):
                 if not known:
                     raise
         raise AssertionError("never here")
@@ -175,10 +176,10 @@ class _Asking:
             where = f"the server's answer for example {example.id}: model"
             remedy = "let one model answer, then run again: only this is asked anew"
             problem = Problem(where, answered.model, f"{self._server.answered}, as in its first answer", remedy)
-            raise ModelError("two models answered", [problem])
+            raise EndpointError("two models answered", [problem])
         return answered
 
 
-def _together(errors: Sequence[LimbeckError]) -> ModelError:
+def _together(errors: Sequence[LimbeckError]) -> LimbeckError:
     summary = "; ".join(dict.fromkeys(error.summary for error in errors))
-    return ModelError(summary, [problem for error in errors for problem in error.problems])
+    return type(errors[0])(summary, [problem for error in errors for problem in error.problems])
