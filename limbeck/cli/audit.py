@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ class Audited(NamedTuple):
     """An audit in words and numbers."""
 
     share: float
+    seed: int
+    """What the examples were drawn with: a new one each time, so that nobody knows beforehand which are looked at."""
     found: Audit | None
     """None where the store could not be opened."""
     problems: tuple[Problem, ...]
@@ -28,7 +31,7 @@ class Audited(NamedTuple):
         told = self.found._asdict() if self.found else {}
         numbers = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in told.items() if k != "problems"}
         problems: list[JsonValue] = [dict(p._asdict()) for p in self.problems]
-        return {"share": self.share, "ok": not self.problems, **numbers, "problems": problems}
+        return {"share": self.share, "seed": self.seed, "ok": not self.problems, **numbers, "problems": problems}
 
     def lines(self) -> list[str]:
         """For people: every problem, then what was looked at."""
@@ -37,7 +40,7 @@ class Audited(NamedTuple):
             return [*told, "NOT audited: the signals cannot be read"]
         count = len(self.problems)
         verdict = "nothing differs" if not count else f"NOT confirmed, {count} difference{'s' * (count > 1)}"
-        looked = f"{self.found.examples} examples, {self.found.positions} positions"
+        looked = f"{self.found.examples} examples drawn with seed {self.seed}, {self.found.positions} positions"
         mean = f"stored probabilities are {self.found.head_difference:.2g} off on average"
         return [*told, f"audited against the teacher: {verdict}; {looked}, {mean}"]
 
@@ -52,12 +55,12 @@ def audit_run(run: Path, share: float) -> Audited:
     if not 0 < share <= 1:
         problem = Problem("--audit-share", str(share), "a share above 0, at most 1")
         raise InputError("not a share of the examples", [problem])
-    root = RunDir(run)
+    root, seed = RunDir(run), secrets.randbelow(2**32)
     try:
-        found = audit(root / "signals", root.recipe(), read_examples(root / "examples"), share=share)
+        found = audit(root / "signals", root.recipe(), read_examples(root / "examples"), share=share, seed=seed)
     except StaleError as error:  # what the digests say is a difference, as everywhere in a verification
-        return Audited(share, None, error.problems)
-    return Audited(share, found, found.problems)
+        return Audited(share, seed, None, error.problems)
+    return Audited(share, seed, found, found.problems)
 
 
 def with_audit(verification: str, audited: Audited) -> str:
