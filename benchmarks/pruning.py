@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     options = parser.parse_args()
     run = RunDir(options.run)
-    teacher, examples = run.recipe().teachers[0], read_examples(run / "examples")
+    teacher, examples = run.recipe().local_teachers[0], read_examples(run / "examples")
     model = models.load_model(teacher.model, teacher.precision)
     answers = [e for e in examples.train if e.teacher == teacher.name]
     print("| student | seed | parameters | KL, nats a token | agreement | choosing, s |\n|---|---|---|---|---|---|")

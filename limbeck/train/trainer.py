@@ -48,6 +48,8 @@ class DistillationTrainer(Trainer):
         allow_biased: bool = False,
         **kwargs: Any,
     ):
+        # The head is proved in parts now: later the model's own forward is ours, and autocast rounds its products.
+        head_of(inner(model))
         super().__init__(model=model, **kwargs)
         self._feed, self._source = feed, source
         self._loss, self._temperature, self._allow_biased = loss, temperature, allow_biased
