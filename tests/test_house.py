@@ -117,11 +117,15 @@ def sources() -> list[Path]:
     return [p for p in found if ".peers" not in p.parts]  # the environment of the benchmarks' peers
 
 
+ONE_FILE = ROOT / "tools" / "verify_ledger.py"
+"""The second verifier is handed to strangers as one file: it may be long, its functions may not."""
+
+
 def test_files_and_functions_stay_small():
     long = []
     for path in sources():
         text = path.read_text(encoding="utf-8")
-        if text.count("\n") > 400:
+        if text.count("\n") > 400 and path != ONE_FILE:
             long.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))} lines")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
