@@ -946,6 +946,10 @@ TRIGGERS = {
 }
 
 
+UNSOUND = (sqlite3.Error, UnicodeDecodeError)
+"""What a damaged file raises; the second where SQLite's message quotes bytes that are no UTF-8."""
+
+
 def open_ledger(run: str) -> sqlite3.Connection:
     """The database, read-only and as it lies there, if it is one of limbeck's and holds nothing else."""
     path = os.path.join(run, "ledger.db")
@@ -981,7 +985,7 @@ def open_ledger(run: str) -> sqlite3.Connection:
             db.execute(f"PRAGMA {setting}")
         db.set_authorizer(allow)
         check_schema(db, path)
-    except sqlite3.Error as error:
+    except UNSOUND as error:
         db.close()
         raise UnreadableError(f"{path}: {error}") from None
     except UnreadableError:
@@ -1082,6 +1086,7 @@ class Replay:
         self.keys: set[str] = set()
         self.outside: set[str] = set()
         self.weights: tuple[int, list[tuple[str, str]]] | None = None
+        self.trained: list[tuple[str, str]] = []
         self.count = self.signed = self.stamped = 0
         self.held = self.largest = self.paths = 0
 
@@ -1177,6 +1182,8 @@ class Replay:
                 self.findings.compare(f"entry {index}: {here}", made, digest)
             files = {inner: str(one) for inner, one in manifest.items()} if isinstance(manifest, dict) else None
             self.written[name] = Written(index, str(digest), files)
+            if (stage, name) == ("train", "student"):
+                self.trained = weights_of(files or {})
         if stage not in ("checkpoint", "note", "timestamp"):
             self.stages[stage] = (index, inputs, outputs)
 
@@ -1222,10 +1229,7 @@ class Replay:
             self.findings.compare(f"{place}: recipe", "sha256:" + str(told_of["recipe"]), value["recipe"])
         if told_of["kind"] == "training-done":
             self.weights = (index, statement.subjects)
-            student = self.written.get("student")
-            if student and student.manifest is not None:
-                expected = weights_of(student.manifest)
-                self.compare_weights(place, statement.subjects, expected)
+            self.compare_weights(place, statement.subjects, self.trained)
         data = canonical(facts["envelope"], "envelope")
         self.envelopes[tagged(data)] = {name: hashlib.new(name, data).hexdigest() for name in OID_HASHES.values()}
         self.signed = self.tree.size
@@ -1283,7 +1287,7 @@ def verify_run(run: str, key: str | None = None, head: str | None = None, kept: 
         check_tables(db, replay, leaves)
     except sqlite3.DataError as error:
         raise UnreadableError(f"ledger.db: {error}; values may have {MAX_BODY} bytes") from None
-    except sqlite3.Error as error:
+    except UNSOUND as error:
         findings.add("ledger.db", str(error), "a sound SQLite file")
         return findings
     finally:

@@ -8,6 +8,12 @@ from faults import forger
 from faults.kit import Fault, change, dropped, facts, formed, put
 
 FAULTS = [
+    Fault(
+        "no version of the leaves",
+        lambda c: c.rewrite(lambda b, _: b[5]["facts"]["leaves"].pop("version")),
+        "entry 5: facts: leaves",
+        missed="the first takes leaves without a version",
+    ),
     # entries, alone
     Fault(
         "a body changed",

@@ -316,6 +316,13 @@ SPOT_CHECKS = [
 ]
 
 CONSISTENCIES = [
+    Fault(
+        "training intended by no recipe, signed",
+        C,
+        signed_anew(C, lambda s: s["predicate"].pop("recipe", None)),
+        "recipe",
+        missed="the first takes a checkpoint of training-intended without a recipe",
+    ),
     Fault("old and new exchanged", C, edit(C, exchanged), "size"),
     Fault("no path", C, edit(C, lambda d: d.update(path="")), "path"),
     Fault("a bit flipped in the path", C, edit(C, lambda d: flip(d, "path")), "path"),

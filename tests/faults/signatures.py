@@ -18,6 +18,24 @@ from faults.kit import (
 )
 
 FAULTS = [
+    Fault(
+        "no payloadType",
+        enveloped(8, lambda e: e.pop("payloadType")),
+        "entry 8: envelope",
+        missed="the first takes an envelope without payloadType",
+    ),
+    Fault(
+        "weights that another stage than train wrote",
+        lambda case: case.rewrite(lambda bodies, _: bodies[9].update(stage="x")),
+        "entry 10: envelope: student/deep/weights.bin",
+        "student/deep/weights.bin",
+    ),
+    Fault(
+        "weights that no manifest has",
+        lambda case: case.rewrite(lambda bodies, _: bodies[9]["facts"].pop("manifests")),
+        "entry 10: envelope: student/deep/weights.bin",
+        "student/deep/weights.bin",
+    ),
     # the tree
     Fault(
         "a bit flipped in an example's leaf",
