@@ -108,7 +108,7 @@ def enveloped(index: int, edit: Callable[[dict], object]) -> Callable[[Case], No
             edit(bodies[index]["facts"]["envelope"])
             bodies[index]["keep envelope"] = True
 
-        case.rewrite(edit_one, resign=False)
+        case.rewrite(edit_one)
 
     return do
 
