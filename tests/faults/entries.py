@@ -110,16 +110,19 @@ FAULTS = [
         "no leaves of the seal",
         lambda c: c.rewrite(lambda b, e: (b[5]["facts"].pop("leaves"), e.update({5: []}))),
         "entry 5",
+        first="seal",
     ),
     Fault(
         "a count of leaves as large as can be",
         lambda c: c.rewrite(lambda b, _: b[5]["facts"]["leaves"].update(count=2**53 - 1), resign=False),
         "entry 5",
+        first="seal",
     ),
     Fault(
         "a negative count of leaves",
         lambda c: c.rewrite(lambda b, _: b[5]["facts"]["leaves"].update(count=-5), resign=False),
         "entry 5",
+        first="seal",
     ),
     # forms of Unicode and numbers, everything written anew and signed
     Fault("a space in a body", formed(13, b'"version":1', b'"version": 1'), "entry 13"),
