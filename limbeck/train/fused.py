@@ -31,6 +31,9 @@ from limbeck.train.pairing import Term, pair
 _CHUNK_BYTES = 1 << 26
 _LEAST_CHUNK = 256
 """Below this many positions, adding to the head's gradient costs more than a fifth of the matrix products."""
+_GRANULE = 32
+"""Chunks of many positions are a multiple of it, filled up with zeros: a matrix product whose shape was met before need not
+be prepared anew, which takes as long as the product itself."""
 _BLOCK_NUMBERS = 1 << 20
 _HEAD_SLICE = 4096
 """Rows of the head at a time, where a product is widened to be added, or a sum is scaled and narrowed."""
@@ -113,11 +116,12 @@ class _Job:
         return self.terms[0].signal.vocab_size
 
     def chunk_of(self, n: int) -> int:
-        """Positions with logits at a time: as asked for, or the default evened out over the chunks."""
+        """Positions with logits at a time: as asked for, or the default evened out over the chunks, in whole granules."""
         most = self.chunk or max(_LEAST_CHUNK, _CHUNK_BYTES // (self.vocab * self.dtype.itemsize))
         if self.chunk is not None or n == 0:
             return max(1, min(most, n))
-        return -(-n // -(-n // most))
+        even = -(-n // -(-n // most))
+        return even if even < _LEAST_CHUNK else -(-even // _GRANULE) * _GRANULE
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -173,8 +177,10 @@ def _run(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job, want: S
         dtype, n = job.dtype, len(hidden)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         hidden = hidden.to(dtype)
-        head = kernels.Projection.of(weight, bias, job.scale, job.softcap, job.vocab, dtype)
         chunk = job.chunk_of(n)
+        if job.chunk is None and n % chunk and chunk >= _LEAST_CHUNK:
+            hidden = torch.cat([hidden, hidden.new_zeros(chunk - n % chunk, hidden.shape[1])])
+        head = kernels.Projection.of(weight, bias, job.scale, job.softcap, job.vocab, dtype)
         block = chunk if hidden.is_cuda else min(chunk, max(1, _BLOCK_NUMBERS // job.vocab))
         scratch = kernels.Scratch(block, wide, hidden.device)
         compare = kernels.comparisons(job.terms, chunk, wide)
@@ -188,8 +194,10 @@ def _run(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job, want: S
         grad_bias = scale_N.new_zeros(job.vocab) if want[2] else None
         for a in range(0, n, chunk):
             y_CV = head.project(hidden[a : a + chunk], logits_CV)
-            for r in range(0, len(y_CV), block):
-                y_RV = y_CV[r : r + block]
+            there = min(chunk, n - a)
+            y_CV[there:].zero_()  # what fills up the last chunk is no position
+            for r in range(0, there, block):
+                y_RV = y_CV[r : min(r + block, there)]
                 rows = slice(a + r, a + r + len(y_RV))
                 z_RV = head.finish_(y_RV if dtype == wide else scratch("z", y_RV).copy_(y_RV))
                 nats_N[rows], grad_RV = _sum_terms(job.terms, compare, z_RV, rows, scale_N[rows], scratch)
@@ -201,6 +209,8 @@ def _run(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job, want: S
                 grad_weight.add(y_CV, hidden[a : a + chunk])
             if grad_bias is not None:
                 grad_bias += y_CV.sum(dim=0, dtype=wide)
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden[:n]
         return _Result(nats_N, grad_hidden, None if grad_weight is None else grad_weight.total(), grad_bias)
 
 

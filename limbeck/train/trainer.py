@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from limbeck import ranks
 from limbeck.models.attention import fast_attention
+from limbeck.models.stream import narrow_stream
 from limbeck.render.batches import Batch
 from limbeck.signal.head import head_of, hidden_states
 from limbeck.signal.types import Signal, TextSignal
@@ -59,10 +60,11 @@ class DistillationTrainer(Trainer):
         self._since, self._tokens = time.monotonic(), 0
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the library's, with attention that is fast on a CPU. In the backward pass too, which may compute layers
-        again.
+        """As the library's, with attention that is fast on a CPU, and under bf16 with all that flows between the layers in
+        it. In the backward pass too, which may compute layers again.
         """
-        with fast_attention(cast("PreTrainedModel", self.model)):
+        model = cast("PreTrainedModel", self.model)
+        with fast_attention(model), narrow_stream(inner(model), torch.bfloat16 if self.args.bf16 else None):
             return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:

@@ -1,0 +1,118 @@
+"""Training with what flows between the layers in bfloat16, over weights in float32.
+
+Autocast runs matrix products in bfloat16, but the sum that runs through the layers starts from float32 embeddings and is
+multiplied by float32 weights in every norm, so it, and all that is computed and kept from it, stays in float32. Here the
+embeddings are rounded once where they leave their table, and each norm computes in float32 and hands on bfloat16: what a
+model whose weights are bfloat16 computes, while weights, gradients and moments keep float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+_EPSILONS = ("variance_epsilon", "eps")
+"""Under which names the classes of transformers keep the number that is added to the mean square."""
+
+
+@contextmanager
+def narrow_stream(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
+    """While the block runs, what leaves the embeddings and the norms of `model` has `dtype`; nothing happens for None.
+
+    A norm whose class is not root mean square times weight keeps its own arithmetic, and its result is rounded. Gradients of
+    all weights have the type of the weights.
+    """
+    if dtype is None:
+        yield
+        return
+
+    def rounded(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        return output.to(dtype) if isinstance(output, Tensor) and output.is_floating_point() else output
+
+    handles = [model.get_input_embeddings().register_forward_hook(rounded)]
+    replaced: list[nn.Module] = []
+    for module in model.modules():
+        if not _is_norm(module):
+            continue
+        epsilon = rms_epsilon(module)
+        if epsilon is None:
+            handles.append(module.register_forward_hook(rounded))
+        else:
+            module.forward = _forward(module, epsilon, dtype)
+            replaced.append(module)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in replaced:
+            del module.forward
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Norm") and isinstance(getattr(module, "weight", None), nn.Parameter)
+
+
+def _forward(module: nn.Module, epsilon: float, dtype: torch.dtype):
+    # The weight is asked for anew in every pass: where weights are divided among processes, it is another tensor then.
+    def forward(hidden_states: Tensor) -> Tensor:
+        return _RootMeanSquare.apply(hidden_states, module.weight, epsilon, dtype)  # pyright: ignore
+
+    return forward
+
+
+@torch.no_grad()
+def rms_epsilon(module: nn.Module) -> float | None:
+    """The epsilon of a norm that is x / sqrt(mean(x^2) + epsilon) * weight; None for every other module.
+
+    Found by trying: the module's own result for random numbers, with a random weight, is compared with the formula's.
+    """
+    epsilon = next((value for name in _EPSILONS if isinstance(value := getattr(module, name, None), float)), None)
+    weight = getattr(module, "weight", None)
+    if epsilon is None or not isinstance(weight, Tensor) or weight.dim() != 1 or getattr(module, "bias", None) is not None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x_ND = torch.randn(4, len(weight), generator=generator).mul_(torch.tensor([1e-2, 1.0, 1.0, 1e2])[:, None])
+    w_D = torch.randn(len(weight), generator=generator)
+    with torch.autocast(weight.device.type, enabled=False):
+        tried = torch.func.functional_call(module, {"weight": w_D.to(weight.device)}, (x_ND.to(weight.device),))
+    expected = x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + epsilon) * w_D
+    same = tried.shape == expected.shape and torch.allclose(tried.cpu().float(), expected, rtol=1e-4, atol=1e-5)
+    return epsilon if same else None
+
+
+class _RootMeanSquare(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, computed in float32; keeps x as it came.
+
+    With n = x / r, r = sqrt(mean(x^2) + epsilon) and g the gradient of the result, the gradient of the weight is the sum
+    of g * n over rows, and that of x is (g * weight - n * mean(g * weight * n)) / r.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+        wide_ND = x.detach().reshape(-1, x.shape[-1]).to(torch.float32, copy=True)
+        rms_N1 = torch.linalg.vector_norm(wide_ND, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        rstd_N1 = rms_N1.add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, rstd_N1, weight_D)
+        return wide_ND.mul_(rstd_N1).mul_(weight_D).to(dtype).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        x, rstd_N1, weight_D = ctx.saved_tensors
+        width = x.shape[-1]
+        n_ND = x.reshape(-1, width).to(torch.float32, copy=True).mul_(rstd_N1)
+        grad_ND = grad.reshape(-1, width).to(torch.float32, copy=True)
+        both_ND = grad_ND * n_ND
+        grad_weight_D = both_ND.sum(dim=0) if ctx.needs_input_grad[1] else None
+        along_N1 = torch.mv(both_ND, weight_D.to(torch.float32)).div_(width)[:, None]
+        grad_x_ND = grad_ND.mul_(weight_D).addcmul_(n_ND, along_N1, value=-1).mul_(rstd_N1)
+        if grad_weight_D is not None:
+            grad_weight_D = grad_weight_D.to(weight_D.dtype)
+        return grad_x_ND.to(x.dtype).view(x.shape), grad_weight_D, None, None

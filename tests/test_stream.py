@@ -1,0 +1,87 @@
+"""Under `narrow_stream` a model computes what one of bfloat16 weights computes, and its weights learn in float32."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+from limbeck.models.stream import _RootMeanSquare, narrow_stream, rms_epsilon
+
+TOKENS_BT = torch.randint(3, 60, (4, 17), generator=torch.Generator().manual_seed(3))
+
+
+def norm_like(kind: type[torch.nn.Module], width: int = 24) -> torch.nn.Module:
+    module = kind(width, eps=1e-3)
+    torch.nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(1))
+    return module
+
+
+def test_the_norm_is_llamas_in_value_and_gradient():
+    module = norm_like(LlamaRMSNorm).double()
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(3, 5, 24, generator=generator).requires_grad_()
+    direction = torch.randn(3, 5, 24, generator=generator)
+    weight = module.weight.detach().float().requires_grad_()
+    ours = _RootMeanSquare.apply(x, weight, 1e-3, torch.float32)
+    (ours * direction).sum().backward()
+    # The same formula written by hand in float64, differentiated by autograd.
+    exact = x.detach().double().requires_grad_()
+    value = exact / (exact.square().mean(-1, keepdim=True) + 1e-3).sqrt() * module.weight
+    (value * direction).sum().backward()
+    torch.testing.assert_close(ours.double(), value, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weight.grad.double(), module.weight.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Qwen2RMSNorm])
+def test_plain_norms_are_known_by_what_they_compute(kind):
+    assert rms_epsilon(norm_like(kind)) == 1e-3
+
+
+@pytest.mark.parametrize("kind", [GemmaRMSNorm, torch.nn.LayerNorm])
+def test_other_norms_keep_their_own_arithmetic(kind):
+    assert rms_epsilon(norm_like(kind)) is None
+
+
+def hidden_under(model, *, narrow: bool) -> torch.Tensor:
+    stream = torch.bfloat16 if narrow else None
+    with torch.autocast("cpu", torch.bfloat16, enabled=narrow), narrow_stream(model, stream):
+        return model.model(TOKENS_BT).last_hidden_state
+
+
+def test_hidden_states_are_as_near_as_those_of_a_model_in_bfloat16():
+    model = tiny.llama(64)
+    exact = hidden_under(model, narrow=False).detach()
+    narrow = hidden_under(model, narrow=True)
+    assert narrow.dtype == torch.bfloat16
+    rounded = tiny.llama(64).to(torch.bfloat16).model(TOKENS_BT).last_hidden_state
+    error, theirs = (h.float().sub(exact).square().mean().sqrt() for h in (narrow, rounded))
+    assert 0 < error < 1.5 * theirs
+
+
+def test_weights_learn_in_their_own_type_and_along_the_same_gradient():
+    model = tiny.llama(64)
+    # The sum of squares of normalised states would be a constant; along a random direction there is a gradient.
+    direction = torch.randn(*TOKENS_BT.shape, 32, generator=torch.Generator().manual_seed(4))
+    (hidden_under(model, narrow=False) * direction).sum().backward()
+    exact = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    (hidden_under(model, narrow=True).float() * direction).sum().backward()
+    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    assert found.keys() == exact.keys()
+    for name, grad in found.items():
+        assert grad.dtype == torch.float32
+        cosine = torch.nn.functional.cosine_similarity(grad.flatten(), exact[name].flatten(), dim=0)
+        assert cosine > 0.99, name
+
+
+def test_the_model_is_afterwards_as_it_was():
+    model = tiny.llama(64)
+    before = hidden_under(model, narrow=False)
+    hidden_under(model, narrow=True)
+    assert torch.equal(hidden_under(model, narrow=False), before)
+    assert all("forward" not in vars(module) and not module._forward_hooks for module in model.modules())
