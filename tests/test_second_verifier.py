@@ -39,7 +39,7 @@ def signing_key():
 def good(tmp_path_factory) -> tuple[Path, Path, Path]:
     """A run, another of the same recipe, and a checkpoint of the first that was kept."""
     base = tmp_path_factory.mktemp("good")
-    run, other = runs.make_run(base / "run"), runs.make_run(base / "other")
+    run, other = runs.make_run(base / "run", gated=False), runs.make_run(base / "other", gated=False)
     kept = runs.signed(run)[-1].envelope
     (base / "kept").write_bytes(kept.data)
     return run, other, base / "kept"
@@ -104,7 +104,7 @@ def hand_over(run: Path, folder: Path) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def handed(tmp_path_factory) -> tuple[Path, proofs.Proofs]:
     base = tmp_path_factory.mktemp("handed")
-    run, other = runs.make_run(base / "run", change=two_teachers), runs.make_run(base / "other", change=two_teachers)
+    run, other = runs.make_run(base / "other", change=two_teachers)
     documents, others = hand_over(run, base / "documents"), hand_over(other, base / "others")
     return base / "documents", proofs.Proofs(documents, others, signing_key())
 

@@ -115,7 +115,7 @@ def _as_json(ruling: Ruling) -> dict[str, object]:
         "terms": ruling.terms,
         "clause": ruling.clause,
         "reason": ruling.reason,
-        "obligations": [o.model_dump(mode="json", exclude={"when"}) for o in ruling.obligations],
+        "obligations": [o.model_dump(mode="json", exclude={"when", "text"}) for o in ruling.obligations],
     }
 
 

@@ -20,7 +20,7 @@ from limbeck.collect.journal import Journal, Journaled, held, journal_path
 from limbeck.collect.teachers import Request, Teacher, Writing, make_teacher
 from limbeck.errors import PromptError
 from limbeck.progress import Line
-from limbeck.recipe import Recipe
+from limbeck.recipe import NO_ENDPOINT, Recipe
 from limbeck.records import Completion, Digest, Prompt
 from limbeck.rundir import RunDir
 from limbeck.tables import read_records, write_records
@@ -117,7 +117,7 @@ def _prompts(run: RunDir) -> Iterator[Prompt]:
 
 def _behind_endpoint(teacher: Writing | Endpoint) -> TypeIs[Endpoint]:
     """Told by its kind: what endpoints need may not be installed."""
-    return teacher.identity.kind != "local"
+    return teacher.identity.kind not in NO_ENDPOINT
 
 
 def _ask_endpoint(

@@ -30,6 +30,7 @@ from limbeck.signal.head import head_of
 from limbeck.signal.store import SignalStore
 from limbeck.signal.types import SignalKind
 from limbeck.tables import write_records
+from limbeck.terms.token import require_token
 from limbeck.train.adapter import adapted, merged_copy
 from limbeck.train.feed import Feed
 from limbeck.train.losses import Loss, Pairing, check_pairing
@@ -40,11 +41,16 @@ from limbeck.train.trainer import DistillationTrainer, SealCheckpoints, last_che
 
 
 def train(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
-    """Train the student; resumes from the last complete checkpoint under RUN/checkpoints."""
+    """Train the student; resumes from the last complete checkpoint under RUN/checkpoints.
+
+    Raises `RefusedError` where RUN has no token of the terms gate for exactly these examples.
+    """
     settings = recipe.train
     models.release()
     models.keep_memory()
     examples = read_examples(run / "examples")
+    if ranks.first():
+        require_token(recipe, run, examples.examples)
     store = SignalStore.open(run / "signals", expect=signal_key(recipe, examples), examples=examples.train)
     loss = loss_of(settings)
     pairings = check_pairing(loss, store.manifest.kind, allow_biased=settings.allow_biased)
