@@ -33,6 +33,7 @@ from limbeck.records import Completion, Prompt, Split
 from limbeck.rundir import RunDir
 from limbeck.seeds import derive_seed
 from limbeck.tables import read_records, write_records
+from limbeck.terms.stage import refuse_before
 
 
 class Figure(NamedTuple):
@@ -87,6 +88,7 @@ def estimate(
     path = Path(recipe.collect.journal) if recipe.collect.journal is not None else journal
     chosen = _chosen(recipe, pilot)
     if pilot:
+        refuse_before(recipe)
         _refuse_pilot(recipe, pilot, len(chosen), path)
     count = sum(1 for _ in _prompts(recipe))
     own = sum(source.count for source in recipe.prompts if isinstance(source, SelfPrompt))

@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ import runs
 import stamping
 from command import call
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from faults import entries, files, forger, proofs, signatures
+from faults import entries, files, forger, gate, proofs, signatures
 from faults.kit import Case, Fault
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -27,7 +27,9 @@ from verifier import SCRIPT, second
 
 from limbeck.ledger.store import Ledger
 from limbeck.run import STAGES
+from limbeck.terms.waivers import make_waiver
 
+FORBIDDEN = "meta/llama-3/2024-04-18"
 FAULTS = [*files.FAULTS, *entries.FAULTS, *signatures.FAULTS]
 
 
@@ -73,6 +75,37 @@ def test_both_refuse(fault: Fault, good, tmp_path, capsys):
         assert fault.place in printed, told
 
 
+@pytest.fixture(scope="module")
+def waived(tmp_path_factory) -> Path:
+    """A run that trained under a waiver."""
+    base = tmp_path_factory.mktemp("waived")
+    made = make_waiver(FORBIDDEN, runs.RECIPE.use, by="A. Counsel", reason="a test", expires=date(2999, 12, 30))
+    (base / "waiver.json").write_bytes(made.envelope.data)
+    teacher = runs.RECIPE.teachers[0].model_copy(update={"terms": FORBIDDEN})
+    update = {"teacher": teacher, "waivers": (str(base / "waiver.json"),)}
+    return runs.make_run(base / "run", recipe=runs.RECIPE.model_copy(update=update))
+
+
+def test_both_accept_a_run_under_a_waiver_that_is_in_force(waived, capsys):
+    first = call("ledger", "verify", waived)
+    assert first.exit_code == 0, first.output
+    assert second.main([str(waived)]) == 0, capsys.readouterr()
+
+
+@pytest.mark.parametrize("fault", gate.FAULTS, ids=[fault.name for fault in gate.FAULTS])
+def test_both_refuse_a_gate(fault: Fault, waived, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(waived, copy)
+    fault.do(Case(copy, signing_key(), waived, waived))
+    first, code = call("ledger", "verify", copy), second.main([str(copy)])
+    printed = "".join(capsys.readouterr())
+    assert first.exit_code == 1, first.output
+    assert "(gate)" in first.output
+    assert (fault.first or fault.place) in first.output, first.output
+    assert code == 1, printed
+    assert fault.place in printed, printed
+
+
 def two_teachers(records: runs.Records) -> runs.Records:
     """Every other answer is another teacher's, so that a share has two classes."""
     names = [runs.TEACHER if at % 2 else "other" for at in range(runs.PROMPTS)]
@@ -104,7 +137,7 @@ def hand_over(run: Path, folder: Path) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def handed(tmp_path_factory) -> tuple[Path, proofs.Proofs]:
     base = tmp_path_factory.mktemp("handed")
-    run, other = runs.make_run(base / "other", change=two_teachers)
+    run, other = runs.make_run(base / "run", change=two_teachers), runs.make_run(base / "other", change=two_teachers)
     documents, others = hand_over(run, base / "documents"), hand_over(other, base / "others")
     return base / "documents", proofs.Proofs(documents, others, signing_key())
 

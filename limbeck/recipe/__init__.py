@@ -22,8 +22,8 @@ from pydantic_core import PydanticCustomError
 from limbeck.errors import Problem
 from limbeck.ledger.canonical import digest_json
 from limbeck.recipe.parts import WHOLE, NonNegativeFloat, NonNegativeInt, Part, PositiveFloat, PositiveInt, Probability
-from limbeck.recipe.teachers import AnthropicTeacher as AnthropicTeacher
 from limbeck.recipe.teachers import NO_ENDPOINT as NO_ENDPOINT
+from limbeck.recipe.teachers import AnthropicTeacher as AnthropicTeacher
 from limbeck.recipe.teachers import EndpointTeacher, FileTeacher, LocalTeacher, Teacher, endpoint_problems
 from limbeck.recipe.teachers import OpenAITeacher as OpenAITeacher
 from limbeck.recipe.train import Adapter as Adapter

@@ -14,7 +14,6 @@ import datetime as dt
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
-from urllib.parse import urlsplit
 
 import pyarrow.parquet as pq
 
@@ -35,6 +34,11 @@ class Source(NamedTuple):
     route: str
     day: dt.date | None
     """None where nobody said."""
+
+
+def today() -> dt.date:
+    """By the clock, UTC."""
+    return dt.datetime.now(dt.UTC).date()
 
 
 def declared(recipe: Recipe, day: dt.date) -> tuple[Source, ...]:
@@ -64,8 +68,8 @@ def answered(recipe: Recipe, root: Path, day: dt.date) -> tuple[Source, ...]:
 
 
 def signals(recipe: Recipe, day: dt.date) -> Iterator[Source]:
-    """The teachers whose distributions are learnt from. The student's own answers are its own; what is learnt on them is
-    what a teacher says of them.
+    """The teachers whose distributions are learnt from. On the student's own answers too it is the teacher's word that
+    is learnt.
     """
     if recipe.signal.kind == "text":
         return

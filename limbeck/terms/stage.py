@@ -20,17 +20,12 @@ from limbeck.rundir import RunDir, atomic
 from limbeck.terms.gate import STRICTNESS, strictest
 from limbeck.terms.obligations import name_problems
 from limbeck.terms.rulings import GATE, ROWS, RULINGS, TOKEN, Judged, Ruled, Rulings, WaiverSeen, judge
-from limbeck.terms.sources import Source, day_of, declared, prompt_files, signals, writer
+from limbeck.terms.sources import Source, day_of, declared, prompt_files, signals, today, writer
 from limbeck.terms.terms import UNKNOWN
 from limbeck.terms.token import issue
 
 _LISTED = 40
 _SCHEMA = pa.schema([("example", pa.string()), ("verdict", pa.string()), ("rulings", pa.list_(pa.int32()))])
-
-
-def today() -> dt.date:
-    """By the clock, UTC."""
-    return dt.datetime.now(dt.UTC).date()
 
 
 def gate(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
@@ -200,8 +195,8 @@ def _found(one: Ruled) -> str:
 def _remedy(one: Ruled) -> str:
     if one.terms == UNKNOWN:
         return (
-            "say under which terms, with `terms: ID` of `limbeck terms list`, or `terms: own-model` for a model of one's"
-            " own; or take another teacher, or a waiver (`limbeck terms waive`)"
+            "say under which terms: `terms: ID`, an id of `limbeck terms list`, or `terms: own-model` if it is one's "
+            "own; or take another teacher, or a waiver (`limbeck terms waive`)"
         )
     return "take another teacher or another use, or a waiver (`limbeck terms waive`)"
 

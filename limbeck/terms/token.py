@@ -7,7 +7,6 @@ every row by the digests of their files, and the waivers that let something thro
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,7 +24,8 @@ from limbeck.recipe import Recipe
 from limbeck.records import Example
 from limbeck.rundir import RunDir
 from limbeck.terms.gate import Outcome
-from limbeck.terms.rulings import GATE, ROWS, RULINGS, TOKEN
+from limbeck.terms.rulings import GATE, ROWS, RULINGS, TOKEN, Rulings
+from limbeck.terms.sources import signals, today
 from limbeck.terms.waivers import Declared, Waiver, parse_waiver
 
 PREDICATE = "urn:x-limbeck:gate:1"
@@ -120,8 +120,9 @@ def parse_token(envelope: Envelope) -> TokenStatement:
 
 
 def require_token(recipe: Recipe, run: RunDir, examples: Sequence[Example]) -> None:
-    """Refuse to go on unless RUN has a token of the gate for exactly these examples, by this machine's key, for this
-    recipe and its use, with waivers that hold today. `examples` are all of RUN/examples, in their order.
+    """Refuse to go on unless RUN has a token of the gate for exactly these examples, by this machine's key, for the
+    recipe's use and the teachers it learns from, with waivers that hold today. `examples` are all of RUN/examples, in
+    their order.
 
     Raises:
         RefusedError: everything that is not so.
@@ -142,17 +143,17 @@ def _problems(recipe: Recipe, run: RunDir, examples: Sequence[Example]) -> Itera
         file = TokenFile.model_validate_json((place / TOKEN).read_bytes())
         token, waivers = parse_token(file.token), [parse_waiver(one) for one in file.waivers]
         hashes, told = _set(run.root)
+        ruled = Rulings.model_validate_json((place / RULINGS).read_bytes())
         digests = {name: hex_of(digest_file(place / name)) for name in (RULINGS, ROWS)}
     except (OSError, ValueError, KeyError, RecursionError) as error:
         yield Problem(where, " ".join(str(error).split())[:300], "a token of version 1 and its files", _ANEW)
         return
-    said, key, today = token.predicate, key_id(signing_key()), dt.datetime.now(dt.UTC).date()
+    said, key, day = token.predicate, key_id(signing_key()), today()
     if not file.token.signed() or file.token.keyid != key:
         yield Problem(f"{where}: signature", f"not a signature of {key}", "one by this machine's key", _ANEW)
     pairs: list[tuple[str, object, object]] = [
         ("set", token.root, root(hashes).hex()),
         ("count", said.count, len(hashes)),
-        ("recipe", said.recipe, hex_of(recipe.digest)),
         ("use", said.use.model_dump(), Declared.of(recipe.use).model_dump()),
         (RULINGS, said.rulings, digests[RULINGS]),
         (ROWS, said.rows, digests[ROWS]),
@@ -162,8 +163,11 @@ def _problems(recipe: Recipe, run: RunDir, examples: Sequence[Example]) -> Itera
     for name, found, due in pairs:
         if found != due:
             yield Problem(f"{where}: {name}", str(found), f"{due}, as they are in RUN", _ANEW)
+    due = {(s.role, s.name, s.terms, s.route) for s in signals(recipe, day)}
+    for role, name, terms, route in sorted(due - {(r.role, r.name, r.terms, r.route) for r in ruled.rulings}):
+        yield Problem(f"{where}: {role} of {name}, {terms}, {route}", "no ruling", "a ruling", _ANEW)
     for waiver in waivers:
-        if why := waiver.problem(today, key):
+        if why := waiver.problem(day, key):
             remedy = "sign a new one (`limbeck terms waive`) in its file, and run the recipe again"
             yield Problem(f"{where}: waiver by {waiver.said.by} for {waiver.said.terms}", why, "one in force", remedy)
 

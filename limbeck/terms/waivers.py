@@ -153,6 +153,17 @@ def parse_waiver(envelope: Envelope) -> Waiver:
     return Waiver(envelope, statement.predicate)
 
 
+def refuse_other_file(path: Path) -> None:
+    """Raises `InputError` where a file that is no waiver would be written over."""
+    if not path.exists():
+        return
+    try:
+        parse_waiver(Envelope.model_validate_json(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        problem = Problem(str(path), "a file that is no waiver", "nothing, or an older waiver", "use another --out")
+        raise InputError("will not overwrite a file", [problem]) from None
+
+
 def read_waivers(recipe: Recipe) -> list[tuple[str, Waiver]]:
     """The waivers that a recipe names, with their files. Raises `InputError` with every file that holds none."""
     found, problems = [], []
