@@ -160,7 +160,7 @@ def run(
         ranks.follow(partial(_together, recipe, out))
         return open_result(out)
     refuse_unfit(out, recipe)
-    sources = preflight(recipe, answered=(Path(out) / "completions.parquet").exists())
+    sources = preflight(recipe, answered=offline or (Path(out) / "completions.parquet").exists())
     with open_run(out, recipe, progress) as held, Ledger(held / "ledger.db") as ledger:
         held.offline = offline
         for place, stage in enumerate(STAGES):

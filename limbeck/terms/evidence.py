@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from limbeck.errors import Problem
 from limbeck.ledger.merkle.order import LeafSet
-from limbeck.ledger.merkle.tree import root
+from limbeck.ledger.merkle.tree import node_hash, root
 from limbeck.ledger.signing.envelope import Envelope
 from limbeck.records import Entry
 from limbeck.terms.rulings import GATE
@@ -67,8 +67,7 @@ def _entry(
     if sets is not None:
         pairs.append(("count", said.count, before[-1].fact.count if before else None))
         if before and latest and before[-1] is sets[-1]:
-            hashes = [latest[at : at + _HASH] for at in range(0, len(latest), _HASH)]
-            pairs.append(("set", token.root, root(hashes).hex()))
+            pairs.append(("set", token.root, _root(latest).hex()))
     for name, found, due in pairs:
         if found != due:
             yield Problem(f"{where}: {name}", str(found), str(due), _FORGED)
@@ -81,6 +80,20 @@ def _entry(
             if why := waiver.problem(day, key):
                 yield Problem(told, why, f"a waiver by {key} in force on {day}", _FORGED)
                 break
+
+
+def _root(leaves: bytes) -> bytes:
+    """The root over leaves that lie one after the other, without a list of them: a set can have a million."""
+    whole: list[bytes] = []
+    for place in range(len(leaves) // _HASH):
+        node = leaves[place * _HASH : (place + 1) * _HASH]
+        while place & 1:
+            node, place = node_hash(whole.pop(), node), place >> 1
+        whole.append(node)
+    node = whole.pop() if whole else root([])
+    while whole:
+        node = node_hash(whole.pop(), node)
+    return node
 
 
 def _trained(gate: Entry, entries: Sequence[Entry]) -> Iterator[dt.date]:

@@ -43,9 +43,7 @@ from limbeck.train.trainer import DistillationTrainer, SealCheckpoints, last_che
 
 
 def train(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
-    """Train the student; resumes from the last complete checkpoint under RUN/checkpoints. Raises `RefusedError` where
-    RUN has no token of the terms gate for exactly these examples.
-    """
+    """Train the student, if the terms gate let its set through; resumes from the last complete checkpoint."""
     settings = recipe.train
     models.release()
     models.keep_memory()
@@ -107,7 +105,7 @@ def train(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
 
 
 def _let_through(recipe: Recipe, run: RunDir) -> ExampleSet:
-    """The examples, if the terms gate let them through."""
+    """The examples. Raises `RefusedError` where RUN has no token of the terms gate for exactly these."""
     examples = read_examples(run / "examples")
     if ranks.first():
         require_token(recipe, run, examples.examples)
