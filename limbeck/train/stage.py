@@ -269,10 +269,10 @@ def _save_student(
         model.config.use_cache = True
         model.config.dtype = dtype
         narrow = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
-        if told := notice(ruled.rulings if (ruled := rulings_of(run.root)) else ()):
-            (half / NOTICE).write_text(told, encoding="utf-8")
         model.save_pretrained(half, state_dict=narrow)
         tokenizer.save_pretrained(half)
+        if told := notice(ruled.rulings if (ruled := rulings_of(run.root)) else ()):
+            (half / NOTICE).write_text(told, encoding="utf-8")
 
 
 def _record(
