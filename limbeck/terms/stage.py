@@ -17,7 +17,7 @@ from limbeck.ledger.merkle.tree import root
 from limbeck.ledger.sealing import parse_row, read_rows
 from limbeck.recipe import Recipe
 from limbeck.rundir import RunDir, atomic
-from limbeck.terms.gate import STRICTNESS, strictest
+from limbeck.terms.gate import STRICTNESS, Outcome, strictest
 from limbeck.terms.obligations import name_problems
 from limbeck.terms.rulings import GATE, ROWS, RULINGS, TOKEN, Judged, Ruled, Rulings, WaiverSeen, judge
 from limbeck.terms.sources import Source, day_of, declared, prompt_files, signals, today, writer
@@ -198,7 +198,10 @@ def _remedy(one: Ruled) -> str:
             "say under which terms: `terms: ID`, an id of `limbeck terms list`, or `terms: own-model` if it is one's "
             "own; or take another teacher, or a waiver (`limbeck terms waive`)"
         )
-    return "take another teacher or another use, or a waiver (`limbeck terms waive`)"
+    other = "take another teacher or another use, or a waiver (`limbeck terms waive`)"
+    if one.ruling.verdict is Outcome.UNKNOWN and one.reason.startswith("the outputs came by"):
+        return f"name the terms of that route, or say `route:` where it is another; or {other}"
+    return other
 
 
 def refuse_before(recipe: Recipe) -> None:
