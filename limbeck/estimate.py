@@ -28,11 +28,12 @@ from limbeck.collect.teachers import make_teacher
 from limbeck.errors import InputError, Problem
 from limbeck.evaluate.statistics import ratio_interval
 from limbeck.progress import Progress
-from limbeck.recipe import FilePrompts, Recipe, SelfPrompt
+from limbeck.recipe import NO_ENDPOINT, FilePrompts, Recipe, SelfPrompt
 from limbeck.records import Completion, Prompt, Split
 from limbeck.rundir import RunDir
 from limbeck.seeds import derive_seed
 from limbeck.tables import read_records, write_records
+from limbeck.terms.stage import refuse_before
 
 
 class Figure(NamedTuple):
@@ -87,6 +88,7 @@ def estimate(
     path = Path(recipe.collect.journal) if recipe.collect.journal is not None else journal
     chosen = _chosen(recipe, pilot)
     if pilot:
+        refuse_before(recipe)
         _refuse_pilot(recipe, pilot, len(chosen), path)
     count = sum(1 for _ in _prompts(recipe))
     own = sum(source.count for source in recipe.prompts if isinstance(source, SelfPrompt))
@@ -132,7 +134,7 @@ def _chosen(recipe: Recipe, pilot: int) -> list[Prompt]:
 
 def _refuse_pilot(recipe: Recipe, pilot: int, there: int, path: Path | None) -> None:
     problems = []
-    if all(teacher.kind == "local" for teacher in recipe.teachers):
+    if all(teacher.kind in NO_ENDPOINT for teacher in recipe.teachers):
         remedy = "leave --pilot out; a local teacher costs nothing"
         problems.append(Problem("--pilot", "only local teachers", "a teacher behind an endpoint", remedy))
     if pilot < 2 or pilot > there:
@@ -168,7 +170,7 @@ def _pilot(
 ) -> dict[str, list[float]]:
     """Ask the prompts, and measure: by quantity, its sum over the requests of each prompt."""
     shared = recipe.collect.model_copy(update={"journal": str(path), "unanswered": "stop"})
-    endpoints = tuple(teacher for teacher in recipe.teachers if teacher.kind != "local")
+    endpoints = tuple(teacher for teacher in recipe.teachers if teacher.kind not in NO_ENDPOINT)
     piloting = recipe.model_copy(update={"collect": shared, "teacher": endpoints})
     with tempfile.TemporaryDirectory() as place:
         run = RunDir(place, progress)
@@ -206,7 +208,7 @@ def _figures(
     if priced:
         worst = bounds.money if cap is None else min(bounds.money, picodollars(cap))
         yield figure("money", "US dollars", "money", dollars(1), dollars(worst))
-    endpoints = sum(teacher.kind != "local" for teacher in recipe.teachers)
+    endpoints = sum(teacher.kind not in NO_ENDPOINT for teacher in recipe.teachers)
     requests = prompts * endpoints * recipe.collect.samples
     yield figure("time", "seconds", "seconds", 1 / max(1, min(recipe.collect.concurrency, requests)), None)
     yield figure("journal", "bytes", "bytes", 1, None)

@@ -9,12 +9,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from limbeck.errors import InputError, ModelError, Problem, RecipeError
 from limbeck.ledger.canonical import digest_file
-from limbeck.recipe import FilePrompts, LocalTeacher, PretrainedStudent, PrunedStudent, Recipe, SelfPrompt
+from limbeck.recipe import (
+    EndpointTeacher,
+    FilePrompts,
+    FileTeacher,
+    LocalTeacher,
+    PretrainedStudent,
+    PrunedStudent,
+    Recipe,
+    SelfPrompt,
+)
 from limbeck.records import Digest
+from limbeck.terms.stage import refuse_before
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
@@ -38,11 +49,13 @@ _FOR_ENDPOINTS = ("aiohttp", "genai_prices", "orjson")
 """What teachers behind endpoints need: the extra `collect`."""
 
 
-def preflight(recipe: Recipe) -> dict[str, Digest]:
-    """Check prompts and models; gives the digests of what lies outside RUN, by `prompts:PATH`, `teacher:NAME`
-    and `student:REF`.
+def preflight(recipe: Recipe, *, answered: bool = False) -> dict[str, Digest]:
+    """Check prompts, terms and models; gives the digests of what lies outside RUN, by `prompts:PATH`, `answers:PATH`,
+    `waiver:PATH`, `teacher:NAME` and `student:REF`. Where all answers are there already, the gate rules on them by the
+    days they were generated, and nothing is said of today.
 
-    Raises `PromptError` or `ModelError`, or `InputError` where both kinds of thing are wrong.
+    Raises `PromptError` or `ModelError`, or `InputError` where both kinds of thing are wrong; `RefusedError` where the
+    terms of the teachers' outputs do not let the recipe's use through.
     """
     errors: list[InputError] = []
     _check_keys(errors)
@@ -50,7 +63,10 @@ def preflight(recipe: Recipe) -> dict[str, Digest]:
     _check_terms(recipe, errors)
     _check_references(recipe, errors)
     _check_endpoints(recipe, errors)
+    digests |= {f"waiver:{path}": digest_file(path) for path in recipe.waivers if Path(path).is_file()}
     _raise(errors)
+    if not answered:
+        refuse_before(recipe)
     _check_learning(recipe, errors)
     _check_server(recipe, errors)
     digests |= _check_models(recipe, errors)
@@ -91,6 +107,7 @@ def _noting(errors: list[InputError], key: str) -> Iterator[None]:
 
 def _check_prompts(recipe: Recipe, errors: list[InputError]) -> dict[str, Digest]:
     """Read every row of every prompt file, and count whether some can be held out and some trained on."""
+    from limbeck.collect.answers import read_answers
     from limbeck.collect.files import iter_file_prompts
     from limbeck.collect.split import reserve
 
@@ -100,6 +117,11 @@ def _check_prompts(recipe: Recipe, errors: list[InputError]) -> dict[str, Digest
             with _noting(errors, f"prompts.{index}"):
                 ids |= {row.id for row in iter_file_prompts(source)}
                 digests[f"prompts:{source.path}"] = digest_file(source.path)
+    for teacher in recipe.teachers:
+        if isinstance(teacher, FileTeacher):
+            with _noting(errors, "teacher"):
+                read_answers(teacher)
+                digests[f"answers:{teacher.path}"] = digest_file(teacher.path)
     if len(errors) == before:
         own = sum(source.count for source in recipe.prompts if isinstance(source, SelfPrompt))
         with _noting(errors, "evaluate.held_out"):
@@ -110,7 +132,14 @@ def _check_prompts(recipe: Recipe, errors: list[InputError]) -> dict[str, Digest
 def _check_terms(recipe: Recipe, errors: list[InputError]) -> None:
     """A misspelt id is found now, not when someone asks for the terms of what was generated."""
     from limbeck.terms.terms import OWN_MODEL, UNKNOWN, find
+    from limbeck.terms.waivers import read_waivers
 
+    with _noting(errors, "waivers"):
+        read_waivers(recipe)
+    for index, source in enumerate(recipe.prompts):
+        if isinstance(source, FilePrompts) and source.terms not in (None, OWN_MODEL, UNKNOWN):
+            with _noting(errors, f"prompts.{index}.terms"):
+                find(source.terms)
     for index, teacher in enumerate(recipe.teachers):
         if teacher.terms not in (OWN_MODEL, UNKNOWN):
             key = f"teacher.{index}.terms" if isinstance(recipe.teacher, tuple) else "teacher.terms"
@@ -143,7 +172,7 @@ def _check_endpoints(recipe: Recipe, errors: list[InputError]) -> None:
     """What endpoints need, and prices where there is a cap. Keys are read when they are needed: a run whose answers are
     all journaled needs none.
     """
-    endpoints = [teacher for teacher in recipe.teachers if not isinstance(teacher, LocalTeacher)]
+    endpoints = [teacher for teacher in recipe.teachers if isinstance(teacher, EndpointTeacher)]
     if not endpoints:
         return
     if missing := [name for name in _FOR_ENDPOINTS if find_spec(name) is None]:

@@ -216,8 +216,10 @@ def _absolute_paths(recipe: Recipe, base: Path) -> dict[str, Any]:
     if data["collect"]["journal"] is not None:
         data["collect"]["journal"] = _absolute(data["collect"]["journal"], base)
     for part in teachers:
-        if part.get("api_key_file"):
-            part["api_key_file"] = _absolute(part["api_key_file"], base)
+        for key in ("api_key_file", "path"):
+            if part.get(key):
+                part[key] = _absolute(part[key], base)
+    data["waivers"] = tuple(_absolute(path, base) for path in data["waivers"])
     for part in (*(teacher for teacher in teachers if teacher["kind"] == "local"), data["student"]):
         if "model" in part and _is_path(part["model"], base):
             part["model"] = _absolute(part["model"], base)

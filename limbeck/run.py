@@ -1,6 +1,7 @@
 """The whole system on one page.
 
     Recipe --prompts, collect--> Completion --curate--> Verdict --render--> Example --seal--> Leaf
+           Leaf --gate--> RUN/gate, without which nothing is trained
            Example --annotate--> Signal --student, train--> Checkpoint --evaluate--> Score --card, report--> Report
 
 Every arrow is a stage: it reads files of the RUN directory, writes its own, and leaves an Entry in the ledger. A stage
@@ -39,6 +40,8 @@ class Stage(NamedTuple):
     writes: tuple[str, ...]
     scratch: tuple[str, ...] = ()
     """What only this stage needs while it works; removed when the ledger has its entry."""
+    waivers: bool = False
+    """Whether a waiver of the recipe that was signed anew makes it due again."""
     shows_notes: bool = False
     """Whether a new signed note makes it due again."""
     together: bool = False
@@ -64,12 +67,13 @@ STAGES = (
         ("prompts.parquet", "completions.parquet", "verdicts.parquet", "examples"),
         ("leaves.parquet",),
     ),
+    Stage("gate", "limbeck.terms.stage:gate", ("prompts.parquet", "leaves.parquet"), ("gate",), waivers=True),
     Stage("annotate", "limbeck.signal.annotate:annotate", ("examples",), ("signals",)),
     Stage("student", "limbeck.student.begin:begin", ("examples",), ("beginning",), signs="training-intended"),
     Stage(
         "train",
         "limbeck.train.stage:train",
-        ("beginning", "examples", "signals"),
+        ("beginning", "examples", "signals", "leaves.parquet", "gate"),
         ("student", "training.json", "rollouts.parquet"),
         scratch=("checkpoints",),
         together=True,
@@ -89,6 +93,7 @@ STAGES = (
             "completions.parquet",
             "verdicts.parquet",
             "examples",
+            "gate",
             "student",
             "training.json",
             "scores.json",
@@ -103,6 +108,7 @@ STAGES = (
             "completions.parquet",
             "verdicts.parquet",
             "examples",
+            "gate",
             "training.json",
             "scores.json",
             "answers.json",
@@ -135,7 +141,9 @@ def run(
 
     Raises:
         InputError: something in the recipe, the prompts, the models or `out` is wrong; nothing was spent.
-        RefusedError, EndpointError: a cap or an endpoint left prompts without an answer; what was answered is kept.
+        RefusedError: the terms gate refuses the recipe's use, before anything is bought or of the answers there are;
+            or a cap left prompts without an answer. What was answered is kept.
+        EndpointError: an endpoint left prompts without an answer; what was answered is kept.
         DiskFullError: no room; what was finished is kept.
     """
     from limbeck.errors import InputError, Problem
@@ -152,7 +160,7 @@ def run(
         ranks.follow(partial(_together, recipe, out))
         return open_result(out)
     refuse_unfit(out, recipe)
-    sources = preflight(recipe)
+    sources = preflight(recipe, answered=offline or (Path(out) / "completions.parquet").exists())
     with open_run(out, recipe, progress) as held, Ledger(held / "ledger.db") as ledger:
         held.offline = offline
         for place, stage in enumerate(STAGES):
@@ -170,7 +178,8 @@ def _advance(stage: Stage, recipe: Recipe, run: RunDir, ledger: Ledger, sources:
     from limbeck.ledger.sealing import leaf_hashes
     from limbeck.ledger.signing.notes import INPUT, notes_digest
 
-    inputs = sources | {name: digest_path(run / name) for name in stage.reads}
+    outside = {name: digest for name, digest in sources.items() if stage.waivers or not name.startswith("waiver:")}
+    inputs = outside | {name: digest_path(run / name) for name in stage.reads}
     if stage.shows_notes and (told := notes_digest(ledger.entries())):
         inputs[INPUT] = told
     last = ledger.last(stage.name)

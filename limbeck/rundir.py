@@ -7,6 +7,7 @@ RUN/completions.parquet    Completion
 RUN/verdicts.parquet       Verdict
 RUN/examples/              Example
 RUN/leaves.parquet         what the ledger commits to, an example a row
+RUN/gate/                  the terms gate's rulings and its token
 RUN/signals/               Signal
 RUN/checkpoints/           where training resumes from; not evidence
 RUN/student/               the student, in Hugging Face layout

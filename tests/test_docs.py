@@ -94,6 +94,9 @@ def test_a_command_of_the_documents_works(command, finished, tmp_path):
         words.append(str(finished / "run"))
     if words == ["terms", "check"]:
         words.append(str(finished / "recipe.yaml"))
+    if words == ["terms", "waive"]:
+        words += [str(finished / "recipe.yaml"), "--terms", "meta/llama-3/2024-04-18", "--by", "A", "--reason", "b"]
+        words += ["--expires", "2999-12-31", "--out", str(tmp_path / "waiver.json")]
     if words == ["init"]:
         words += ["--out", str(tmp_path / "recipe.yaml")]
     if words[0] in BUILT_IN - {"show", "init", "doctor", "estimate"} and len(words) == 1:

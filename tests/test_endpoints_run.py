@@ -146,7 +146,8 @@ def test_a_cap_needs_prices_and_a_student_a_template(tmp_path: Path):
     made["collect"]["budget"] = {}
     with pytest.raises(InputError, match="chat template"):
         preflight(Recipe.model_validate(made))
-    made["teacher"] |= {"base_url": "https://api.openai.com/v1", "model": "gpt-4o"}
+    made["teacher"] |= {"base_url": "https://api.openai.com/v1", "model": "gpt-4o", "terms": "openai/api/2026-01-01"}
+    made["use"] = {"distribution": "internal", "purpose": "classifier"}
     made["collect"]["budget"] = {"money": 1.0}
     made["student"]["model"] = str(tiny.save(tmp_path / "student", layers=1))
     preflight(Recipe.model_validate(made))

@@ -150,8 +150,8 @@ def test_teachers_and_student_share_a_tokenizer(given, tmp_path, teacher_dir):
     second = other(tmp_path / "second")
     third = other(tmp_path / "third", text=tiny.TEXT[:1])
     given["teacher"] = [
-        {"model": str(teacher_dir), "precision": "float32"},
-        {"model": second, "precision": "float32"},
+        {"model": str(teacher_dir), "precision": "float32", "terms": "own-model"},
+        {"model": second, "precision": "float32", "terms": "own-model"},
     ]
     given["student"] = {"kind": "pretrained", "model": third}
     wheres = [where for where, _, _ in refused(given, ModelError)]
@@ -181,7 +181,7 @@ def test_what_is_wrong_with_the_models_comes_in_one_error(given, tmp_path):
     (tmp_path / "damaged").mkdir()
     given["teacher"] = [
         given["teacher"],
-        {"model": str(tiny.save(tmp_path / "damaged")), "precision": "float32"},
+        {"model": str(tiny.save(tmp_path / "damaged")), "precision": "float32", "terms": "own-model"},
     ]
     config = json.loads((tmp_path / "damaged" / "config.json").read_text())
     (tmp_path / "damaged" / "config.json").write_text(json.dumps(config | {"num_attention_heads": "many"}))

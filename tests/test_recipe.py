@@ -208,7 +208,7 @@ def test_truth_is_no_number(tmp_path):
 def test_an_unknown_kind_hides_what_its_other_keys_seem_to_be(tmp_path):
     text = GOOD.replace("{kind: local, model:", "{kind: opneai, base_url: x, model:")
     assert refused(write(tmp_path, text)) == {
-        "2: teacher.kind": ("'opneai'", "one of local, openai, anthropic", "did you mean openai?"),
+        "2: teacher.kind": ("'opneai'", "one of local, file, openai, anthropic", "did you mean openai?"),
     }
 
 

@@ -159,7 +159,7 @@ def test_every_claim_names_an_entry_that_exists(told_run):
 @pytest.mark.parametrize("field", ["question", "answer", "reason", "source", "licence", "terms", "unscored"])
 def test_hostile_text_stays_text(field, page, tmp_path):
     """The page has exactly the elements it would have had without it, and the attack is readable in it."""
-    calm = "quiet" if field == "unscored" else getattr(Told(), field)
+    calm = {"unscored": "quiet", "terms": "nobody's"}.get(field, getattr(Told(), field))
     _, without = page_of(*tell(tmp_path / "calm", Told(**{field: calm})))
     text, parsed = page_of(*tell(tmp_path / "attacked", Told(**{field: ATTACK})))
     assert [tag for tag, _ in parsed.tags] == [tag for tag, _ in without.tags]
@@ -244,12 +244,19 @@ def test_shares_of_teachers_are_those_of_supervised_training_tokens(tmp_path):
 
 
 def test_nobody_is_told_more_than_was_shown(page):
-    """No verdicts on terms, and the limits of the ledger in words."""
+    """What a verdict is worth, and the limits of the ledger, in words."""
     text = " ".join(" ".join(page[1].sections.values()).split())
     assert "illegal" not in text
     assert "clean" not in text
-    for said in ("unsigned and unanchored", "honest or complete", "there is no verdict", "No signed notes"):
+    for said in ("unsigned and unanchored", "honest or complete", "no legal advice", "No signed notes"):
         assert said in text
+
+
+def test_a_run_that_no_gate_ruled_on_says_so(tmp_path):
+    _, page = page_of(*tell(tmp_path / "run", Told(terms="nobody's")))
+    text = " ".join(" ".join(page.sections.values()).split())
+    assert "there is no verdict" in text
+    assert "No terms gate decided on this run" in text
 
 
 def test_a_stage_done_again_shows_both_entries(told_run, tmp_path):
@@ -268,8 +275,8 @@ def test_a_stage_done_again_shows_both_entries(told_run, tmp_path):
         )
     _, parsed = page_of(recipe, RunDir(root))
     assert parsed.sections["Timeline"].count("Done again later.") == 1
-    assert "#entry-9" in parsed.values("href")
-    assert "#entry-7" not in parsed.values("href")
+    assert "#entry-10" in parsed.values("href")
+    assert "#entry-8" not in parsed.values("href")
 
 
 def test_curves_need_two_finite_losses_and_never_grow_with_the_run():

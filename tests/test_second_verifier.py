@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ import runs
 import stamping
 from command import call
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from faults import entries, files, forger, proofs, signatures
+from faults import entries, files, forger, gate, proofs, signatures
 from faults.kit import Case, Fault
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -27,7 +27,9 @@ from verifier import SCRIPT, second
 
 from limbeck.ledger.store import Ledger
 from limbeck.run import STAGES
+from limbeck.terms.waivers import make_waiver
 
+FORBIDDEN = "meta/llama-3/2024-04-18"
 FAULTS = [*files.FAULTS, *entries.FAULTS, *signatures.FAULTS]
 
 
@@ -39,7 +41,7 @@ def signing_key():
 def good(tmp_path_factory) -> tuple[Path, Path, Path]:
     """A run, another of the same recipe, and a checkpoint of the first that was kept."""
     base = tmp_path_factory.mktemp("good")
-    run, other = runs.make_run(base / "run"), runs.make_run(base / "other")
+    run, other = runs.make_run(base / "run", gated=False), runs.make_run(base / "other", gated=False)
     kept = runs.signed(run)[-1].envelope
     (base / "kept").write_bytes(kept.data)
     return run, other, base / "kept"
@@ -71,6 +73,37 @@ def test_both_refuse(fault: Fault, good, tmp_path, capsys):
     else:
         assert code in (1, 2), told
         assert fault.place in printed, told
+
+
+@pytest.fixture(scope="module")
+def waived(tmp_path_factory) -> Path:
+    """A run that trained under a waiver."""
+    base = tmp_path_factory.mktemp("waived")
+    made = make_waiver(FORBIDDEN, runs.RECIPE.use, by="A. Counsel", reason="a test", expires=date(2999, 12, 30))
+    (base / "waiver.json").write_bytes(made.envelope.data)
+    teacher = runs.RECIPE.teachers[0].model_copy(update={"terms": FORBIDDEN})
+    update = {"teacher": teacher, "waivers": (str(base / "waiver.json"),)}
+    return runs.make_run(base / "run", recipe=runs.RECIPE.model_copy(update=update))
+
+
+def test_both_accept_a_run_under_a_waiver_that_is_in_force(waived, capsys):
+    first = call("ledger", "verify", waived)
+    assert first.exit_code == 0, first.output
+    assert second.main([str(waived)]) == 0, capsys.readouterr()
+
+
+@pytest.mark.parametrize("fault", gate.FAULTS, ids=[fault.name for fault in gate.FAULTS])
+def test_both_refuse_a_gate(fault: Fault, waived, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(waived, copy)
+    fault.do(Case(copy, signing_key(), waived, waived))
+    first, code = call("ledger", "verify", copy), second.main([str(copy)])
+    printed = "".join(capsys.readouterr())
+    assert first.exit_code == 1, first.output
+    assert "(gate)" in first.output
+    assert (fault.first or fault.place) in first.output, first.output
+    assert code == 1, printed
+    assert fault.place in printed, printed
 
 
 def two_teachers(records: runs.Records) -> runs.Records:

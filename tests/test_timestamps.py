@@ -52,7 +52,7 @@ def test_a_time_stamp_anchors_a_checkpoint(copy, authority, more, algorithm):
         assert worth_signing(ledger.entries())
     result = verify(copy, authority=authority.root)
     assert result.ok
-    assert any(note.startswith("anchored: the checkpoint of entry 10 (training-done)") for note in result.notes)
+    assert any(note.startswith("anchored: the checkpoint of entry 11 (training-done)") for note in result.notes)
     assert not any(note.startswith("unanchored") for note in result.notes)
     unknown = verify(copy)
     assert unknown.ok
@@ -74,7 +74,7 @@ def test_a_time_stamp_of_something_else_or_of_somebody_else_is_refused(copy, aut
         assert "timestamp" not in [e.stage for e in ledger.entries()]
         attach(ledger, authority.stamp(right))
     found = verify(copy, authority=stranger.root).differences
-    assert [p.where for p in found] == ["ledger.db: entry 14 (timestamp): authority"]
+    assert [p.where for p in found] == ["ledger.db: entry 15 (timestamp): authority"]
 
 
 @stamping.needed

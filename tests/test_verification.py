@@ -145,7 +145,7 @@ def test_a_path_that_is_no_run_is_refused(tmp_path):
 
 def test_removing_the_newest_entries_is_found_by_a_head_kept_elsewhere(copy):
     head = verify(copy).head
-    shorter = ("DELETE FROM entries WHERE idx = 13", ())
+    shorter = ("DELETE FROM entries WHERE idx = 14", ())
     runs.forge(copy / "ledger.db", shorter)
     assert places(copy) == ["ledger.db: the tree"]
     runs.forge(copy / "ledger.db", ("DELETE FROM hashes WHERE first = (SELECT MAX(first) FROM hashes)", ()))
@@ -243,7 +243,7 @@ def test_an_input_that_no_stage_wrote_is_found(copy):
                 facts={},
             )
     found = [p for p in places(copy) if "input" in p]
-    assert found == ["entry 14 (card): input scores.json", "entry 15 (card): input poem.txt"]
+    assert found == ["entry 15 (card): input scores.json", "entry 16 (card): input poem.txt"]
 
 
 def test_stages_out_of_order_are_found(tmp_path):

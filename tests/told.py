@@ -27,6 +27,7 @@ from limbeck.render.examples import make_example, make_set, write_examples
 from limbeck.run import STAGES
 from limbeck.rundir import RunDir
 from limbeck.tables import write_records
+from limbeck.terms.stage import gate
 
 WEIGHTS = digest_bytes(b"weights")
 SEED = 1234
@@ -295,6 +296,10 @@ def _enter(root: Path, recipe: Recipe, told: Told, until: str) -> None:
             inputs = {f"teacher:{name}": WEIGHTS for name in told.teachers}
             inputs |= {name: digest_path(root / name) for name in stage.reads if (root / name).exists()}
             sealed = seal(recipe, RunDir(root)) if stage.name == "seal" else {}
+            if stage.name == "gate":
+                if told.terms != "own-model":  # nobody's terms: no gate would let the run through
+                    continue
+                sealed |= gate(recipe, RunDir(root))
             outputs = {name: digest_path(root / name) for name in stage.writes}
             started = datetime.now(UTC) - timedelta(seconds=SECONDS.get(stage.name, 1))
             ledger.append(

@@ -58,6 +58,7 @@ MAX_INTEGER = (1 << 53) - 1
 
 TAGGED = re.compile(r"sha256:[0-9a-f]{64}")
 HEX_32 = re.compile(r"[0-9a-f]{64}")
+DAY = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 MICROSECONDS = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)
 SECONDS = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
 
@@ -87,6 +88,14 @@ KINDS = ("collection-closed", "training-intended", "training-done", "by-hand")
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT = "https://in-toto.io/Statement/v1"
 CHECKPOINT, NOTE = "urn:x-limbeck:checkpoint:1", "urn:x-limbeck:note:1"
+GATE, WAIVER = "urn:x-limbeck:gate:1", "urn:x-limbeck:waiver:1"
+GATE_KEYS = {"at", "count", "recipe", "rows", "rulings", "use", "verdict", "waivers"}
+WAIVER_KEYS = {"at", "by", "expires", "reason", "terms", "use"}
+USE = {
+    "distribution": ("internal", "hosted", "public-weights"),
+    "purpose": ("general-assistant", "task-specific", "classifier", "research"),
+    "commercial": (True, False),
+}
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
@@ -533,6 +542,53 @@ def read_statement(value: Json, kind: str, keyid: str, place: str) -> Statement:
         if not name.startswith("student/") or not name.endswith(WEIGHTS):
             raise MisshapenError(f"{place}: subject", name, f"a file of student/ that ends in one of {WEIGHTS}")
     return Statement(checked, bytes.fromhex(subjects[0][1]), size, files, keyid)
+
+
+def open_envelope(envelope: Json, findings: Findings, place: str) -> tuple[Json, str]:
+    """The payload of an envelope and whose signature it carries, which is checked."""
+    parts = an_object(envelope, {"payload", "payloadType", "signatures"}, place)
+    if parts["payloadType"] != PAYLOAD_TYPE:
+        raise MisshapenError(f"{place}: payloadType", parts["payloadType"], PAYLOAD_TYPE)
+    signatures = a_list(parts["signatures"], f"{place}: signatures")
+    if len(signatures) != 1:
+        raise MisshapenError(f"{place}: signatures", len(signatures), 1)
+    one = an_object(signatures[0], {"keyid", "sig"}, f"{place}: signatures")
+    payload = from_base64(parts["payload"], f"{place}: payload")
+    check_signature(one["keyid"], one["sig"], payload, None, findings, place)
+    return read_canonical(payload, f"{place}: payload"), str(one["keyid"])
+
+
+def read_gate(value: Json, kind: str, place: str) -> tuple[Object, str, str]:
+    """A token's or a waiver's predicate, and its one subject's name and digest."""
+    parts = an_object(value, {"_type", "predicateType", "predicate", "subject"}, place)
+    for name, expected in (("_type", STATEMENT), ("predicateType", kind)):
+        if parts[name] != expected:
+            raise MisshapenError(f"{place}: {name}", parts[name], expected)
+    subjects = a_list(parts["subject"], f"{place}: subject")
+    if len(subjects) != 1:
+        raise MisshapenError(f"{place}: subject", len(subjects), 1)
+    named = an_object(subjects[0], {"name", "digest"}, f"{place}: subject")
+    digest = an_object(named["digest"], {"sha256"}, f"{place}: subject: digest")
+    told_of = an_object(parts["predicate"], GATE_KEYS if kind == GATE else WAIVER_KEYS, place)
+    moment(told_of["at"], f"{place}: at", SECONDS)
+    use = an_object(told_of["use"], set(USE), f"{place}: use")
+    for name, allowed in USE.items():
+        if not any(type(use[name]) is type(one) and use[name] == one for one in allowed):
+            raise MisshapenError(f"{place}: use: {name}", use[name], f"one of {allowed}")
+    hexed = text(digest["sha256"], f"{place}: subject: digest", HEX_32)
+    return told_of, text(named["name"], f"{place}: subject: name"), hexed
+
+
+def read_waiver(value: Json, place: str) -> Object:
+    """The predicate of a waiver."""
+    told_of, name, _ = read_gate(value, WAIVER, place)
+    for key in ("by", "reason", "terms"):
+        if not text(told_of[key], f"{place}: {key}"):
+            raise MisshapenError(f"{place}: {key}", "", "some text")
+    moment(text(told_of["expires"], f"{place}: expires", DAY) + "T00:00:00Z", f"{place}: expires", SECONDS)
+    if name != f"terms:{told_of['terms']}":
+        raise MisshapenError(f"{place}: subject: name", name, f"terms:{told_of['terms']}")
+    return told_of
 
 
 def read_note(value: Json, place: str) -> Object:
@@ -1078,6 +1134,8 @@ class Replay:
         self.head = tagged(b"")
         self.head_seen = wanted_head in (None, self.head)
         self.examples: Object | None = None
+        self.set = Tree()
+        self.waivers: list[tuple[str, Object]] = []
         self.sealed = 0
         self.written: dict[str, Written] = {}
         self.stages: dict[str, tuple[int, Object, Object]] = {}
@@ -1143,6 +1201,7 @@ class Replay:
         if stage == "seal" or "leaves" in facts:
             attempt(lambda: self.seal(stage, facts), place)
         special = {"checkpoint": self.checkpoint, "note": self.note, "timestamp": self.timestamp}
+        special |= {"gate": self.gate, "train": self.train}
         if stage in special:
             attempt(lambda: special[stage](index, facts, value), place)
 
@@ -1200,6 +1259,7 @@ class Replay:
         text(leaves["salts"], "facts: leaves: salts", TAGGED)
         count = whole(leaves["count"], "facts: leaves: count")
         self.examples = {"count": count, "first": self.tree.size}
+        self.set = Tree()
         for at in range(count):
             stored = next(self.leaves, None)
             if stored is None:
@@ -1208,6 +1268,7 @@ class Replay:
                 )
             self.look_for_kept()
             self.tree.push(stored)
+            self.set.push(stored)
             self.sealed += 1
 
     def signed_here(self, index: int, facts: Object, kind: str) -> Statement:
@@ -1243,6 +1304,45 @@ class Replay:
     def note(self, index: int, facts: Object, value: Object) -> None:
         """A note says nothing that can be computed but root and size."""
         self.signed_here(index, facts, NOTE)
+
+    def gate(self, index: int, facts: Object, value: Object) -> None:
+        """The token of the terms gate: the set that it is bound to, and the waivers that let something through."""
+        self.waivers = []
+        fact = an_object(facts.get("gate"), {"version", "token", "waivers"}, "facts: gate")
+        if type(fact["version"]) is not int or fact["version"] != 1:
+            raise WrongError("facts: gate: version", fact["version"], 1)
+        place, compare = f"entry {index}: gate", self.findings.compare
+        payload, keyid = open_envelope(fact["token"], self.findings, f"{place}: token")
+        token, name, root = read_gate(payload, GATE, f"{place}: token")
+        compare(f"{place}: token: subject: name", name, "examples")
+        compare(f"{place}: token: set", root, self.set.root().hex())
+        compare(f"{place}: token: count", token["count"], self.examples["count"] if self.examples else None)
+        compare(f"{place}: token: recipe", f"sha256:{token['recipe']}", value["recipe"])
+        for part in ("rows", "rulings"):
+            text(token[part], f"{place}: token: {part}", HEX_32)
+        envelopes = a_list(fact["waivers"], f"{place}: waivers")
+        made = [tagged(canonical(one, "waiver")).removeprefix("sha256:") for one in envelopes]
+        compare(f"{place}: token: waivers", token["waivers"], made)
+        compare(f"{place}: token: verdict", token["verdict"], "waived" if made else "allowed")
+        for at, envelope in enumerate(envelopes):
+            here = f"{place}: waiver {at}"
+            payload, signer = open_envelope(envelope, self.findings, here)
+            waiver = read_waiver(payload, here)
+            compare(f"{here}: keyid", signer, keyid)
+            compare(f"{here}: use", waiver["use"], token["use"])
+            self.waivers.append((here, waiver))
+        self.in_force(str(value["started"]), f"when entry {index} (gate) began")
+
+    def train(self, index: int, facts: Object, value: Object) -> None:
+        """Training under waivers, which have to be in force when it begins."""
+        void(facts)
+        self.in_force(str(value["started"]), f"when entry {index} (train) began")
+
+    def in_force(self, started: str, when: str) -> None:
+        """Whether each waiver's last day is not past."""
+        for place, waiver in self.waivers:
+            if started[:10] > str(waiver["expires"]):
+                self.findings.add(f"{place}: expires", waiver["expires"], f"{started[:10]} or later, {when}")
 
     def timestamp(self, index: int, facts: Object, value: Object) -> None:
         """The imprint against the envelope that was stamped."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,8 @@ import typer
 if TYPE_CHECKING:
     from limbeck.recipe import Recipe
     from limbeck.terms.gate import Ruling
-    from limbeck.terms.terms import Terms
+    from limbeck.terms.rulings import Judged, Ruled
+    from limbeck.terms.terms import Only, Terms, When
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,35 +62,74 @@ def check(
 ) -> None:
     """Ask what the terms say of each teacher's outputs for the declared use, before anything is spent.
 
-    For a run that has answers, the days on which they were written decide, unless --day says otherwise. Exit code 0:
-    allowed; 1: refused or unknown, which refuses too.
+    `limbeck run` asks the same. For a run that has answers, the days on which they were generated decide, unless --day
+    says otherwise. Exit code 0: allowed, or let through by a waiver; 1: refused or unknown, which refuses too.
     """
-    from limbeck.terms.gate import rule, strictest
+    from limbeck.terms.gate import strictest
+    from limbeck.terms.obligations import name_problems
+    from limbeck.terms.stage import refusals
 
     recipe = _recipe_of(recipe_or_run)
-    asked = _asked(recipe, recipe_or_run, day)
-    rulings = [(name, when, rule(terms_id, recipe.use, when)) for name, terms_id, when in asked]
-    whole = strictest(ruling for _, _, ruling in rulings)
+    judged = _judged(recipe, recipe_or_run, day)
+    whole = strictest(one.ruling for one in judged.ruled)
+    unmet = name_problems(recipe.name, whole.obligations)
     if as_json:
-        teachers = [{"teacher": name, "day": str(when)} | _as_json(ruling) for name, when, ruling in rulings]
-        result = _as_json(whole) | {"use": recipe.use.model_dump(mode="json"), "teachers": teachers}
+        teachers = [
+            {"teacher": one.name, "role": one.role, "route": one.route, "day": str(one.day) if one.day else None}
+            | _as_json(one.ruling)
+            for one in judged.ruled
+        ]
+        more = {"unmet": [problem._asdict() for problem in unmet], "refusals": [p._asdict() for p in refusals(judged)]}
+        result = _as_json(whole) | {"use": recipe.use.model_dump(mode="json"), "teachers": teachers} | more
         typer.echo(json.dumps(result, indent=1, ensure_ascii=False))
     else:
-        typer.echo(_check_text(recipe, rulings, whole))
+        typer.echo(_check_text(recipe, judged.ruled, whole))
+        for problem in (*unmet, *judged.unfit):
+            typer.echo(f"\n{problem}")
     if not whole.passes:
         raise typer.Exit(1)
 
 
-def _asked(recipe: Recipe, path: Path, day: str | None) -> list[tuple[str, str, dt.date]]:
-    """Teacher, terms and day of everything that is to be ruled on, sorted."""
-    from limbeck.records import Completion
-    from limbeck.tables import read_records
+@app.command()
+def waive(
+    recipe_or_run: Annotated[
+        Path,
+        typer.Argument(metavar="RECIPE_OR_RUN", help="A recipe, or the directory of a run: the use it declares."),
+    ],
+    terms: Annotated[str, typer.Option("--terms", metavar="ID", help="The terms that are not kept to.")],
+    by: Annotated[str, typer.Option("--by", metavar="NAME", help="Who takes it on themselves.")],
+    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, in words that will be published.")],
+    expires: Annotated[
+        str, typer.Option("--expires", metavar="YYYY-MM-DD", help="The last day on which it holds, UTC.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the waiver goes.")],
+) -> None:
+    """Sign a waiver: the terms ID shall not refuse the recipe's use, until a day. Name it in the recipe under waivers.
 
-    answers = path / "completions.parquet"
-    if day is None and answers.is_file():
-        return sorted({(c.teacher, c.terms, c.created.date()) for c in read_records(answers, Completion)})
-    when = _day(day)
-    return sorted((teacher.name, teacher.terms, when) for teacher in recipe.teachers)
+    It is signed with the key that signs ledgers, and stands in the ledger, the card and the report of every run that it
+    lets through. It holds for these terms and this use only, and is no permission by the owner of the teacher.
+    """
+    from limbeck.cli.edge import writing
+    from limbeck.rundir import atomic
+    from limbeck.terms.waivers import make_waiver, refuse_other_file
+
+    recipe = _recipe_of(recipe_or_run)
+    last = _day(expires, "--expires")
+    refuse_other_file(out)
+    made = make_waiver(terms, recipe.use, by=by, reason=reason, expires=last)
+    with writing(out), atomic(out) as half:
+        half.write_bytes(made.envelope.data + b"\n")
+    typer.echo(f"{out}: signed by {made.envelope.keyid}\nname it in the recipe: waivers: [{out}]")
+
+
+def _judged(recipe: Recipe, path: Path, day: str | None) -> Judged:
+    """The rulings on everything that counts: as the gate would give them."""
+    from limbeck.terms.rulings import judge
+    from limbeck.terms.sources import answered, declared, today
+
+    if day is None and (path / "completions.parquet").is_file():
+        return judge(recipe, answered(recipe, path, today()), today())
+    return judge(recipe, declared(recipe, _day(day, "--day")), today())
 
 
 def _recipe_of(path: Path) -> Recipe:
@@ -98,7 +139,7 @@ def _recipe_of(path: Path) -> Recipe:
     return RunDir(path).recipe() if path.is_dir() else load_recipe(path)
 
 
-def _day(text: str | None) -> dt.date:
+def _day(text: str | None, option: str) -> dt.date:
     from limbeck.errors import InputError, Problem
 
     if text is None:
@@ -106,7 +147,7 @@ def _day(text: str | None) -> dt.date:
     try:
         return dt.date.fromisoformat(text)
     except ValueError:
-        raise InputError("not a day", [Problem("--day", text, "a day as 2026-11-24")]) from None
+        raise InputError("not a day", [Problem(option, text, "a day as 2026-11-24")]) from None
 
 
 def _as_json(ruling: Ruling) -> dict[str, object]:
@@ -115,21 +156,22 @@ def _as_json(ruling: Ruling) -> dict[str, object]:
         "terms": ruling.terms,
         "clause": ruling.clause,
         "reason": ruling.reason,
-        "obligations": [o.model_dump(mode="json", exclude={"when"}) for o in ruling.obligations],
+        "obligations": [o.model_dump(mode="json", exclude={"when", "text"}) for o in ruling.obligations],
     }
 
 
-def _check_text(recipe: Recipe, rulings: list[tuple[str, dt.date, Ruling]], whole: Ruling) -> str:
+def _check_text(recipe: Recipe, ruled: Sequence[Ruled], whole: Ruling) -> str:
     use = recipe.use
     lines = [
         f"{whole.verdict.value}: for a student that is {use.distribution}, {use.purpose}, "
         f"{'commercial' if use.commercial else 'not commercial'}"
     ]
-    for name, when, ruling in rulings:
-        lines += ["", f"{name}, outputs generated on {when}", f"  {ruling.verdict.value} under {ruling.terms}"]
-        lines.append(f"  {ruling.reason}")
-        if ruling.clause:
-            lines.append(f"  clause: {ruling.clause}")
+    for one in ruled:
+        when = one.day or "a day that nobody said"
+        lines += ["", f"{one.role} of {one.name}, by the route {one.route}, generated on {when}"]
+        lines += [f"  {one.verdict.value} under {one.terms}", f"  {one.reason}"]
+        if one.clause:
+            lines.append(f"  clause: {one.clause}")
     if whole.obligations:
         lines += ["", "What travels with the student:", *(f"  {o.kind}: {o.value}" for o in whole.obligations)]
     lines += ["", "Our reading of the register's rows; not legal advice."]
@@ -153,11 +195,8 @@ def _row_text(row: Terms) -> str:
     return "\n".join([*lines, f"  {row.note}"] if row.note else lines)
 
 
-def _when(when: object) -> str:
-    from limbeck.terms.terms import When
-
-    assert isinstance(when, When)
+def _when(when: When | Only) -> str:
     parts = [" or ".join(values) for values in (when.distribution, when.purpose) if values]
-    if when.commercial is not None:
+    if isinstance(when.commercial, bool):
         parts.append("commercial" if when.commercial else "not commercial")
     return ", ".join(parts) or "every use"

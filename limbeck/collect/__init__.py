@@ -6,6 +6,7 @@ self_prompt  prompts the teacher writes itself
 split        which prompts are held out
 prompts      the stage `prompts`: all sources to prompts.parquet
 teachers     the one seam: what a teacher is, whoever runs it
+answers      a teacher whose answers lie in a file
 local        a teacher run here by transformers
 endpoints    teachers asked over HTTP: what is sent, how fast, and for how much
 journal      requests and raw answers, kept through a kill or a power cut

@@ -20,10 +20,11 @@ from limbeck.collect.journal import Journal, Journaled, held, journal_path
 from limbeck.collect.teachers import Request, Teacher, Writing, make_teacher
 from limbeck.errors import PromptError
 from limbeck.progress import Line
-from limbeck.recipe import Recipe
+from limbeck.recipe import NO_ENDPOINT, Recipe
 from limbeck.records import Completion, Digest, Prompt
 from limbeck.rundir import RunDir
 from limbeck.tables import read_records, write_records
+from limbeck.terms.stage import refuse_before
 
 if TYPE_CHECKING:
     from limbeck.collect.endpoints.account import Account
@@ -54,7 +55,8 @@ def collect(recipe: Recipe, run: RunDir, *, account: Digest | None = None) -> di
     samples.
 
     Raises `PromptError` for prompts that a teacher cannot be asked: those of one stretch together, before any of
-    that stretch is asked; `RefusedError` where the money cap leaves prompts without an answer, and `EndpointError`
+    that stretch is asked; `RefusedError` where the terms of what is still to be asked refuse the recipe's use, as of
+    today, before any of it is, or where the money cap leaves prompts without an answer, and `EndpointError`
     where an endpoint does. What was answered is journaled then. Money is counted for `account`, or for the recipe's
     own.
     """
@@ -117,7 +119,7 @@ def _prompts(run: RunDir) -> Iterator[Prompt]:
 
 def _behind_endpoint(teacher: Writing | Endpoint) -> TypeIs[Endpoint]:
     """Told by its kind: what endpoints need may not be installed."""
-    return teacher.identity.kind != "local"
+    return teacher.identity.kind not in NO_ENDPOINT
 
 
 def _ask_endpoint(
@@ -156,11 +158,15 @@ def _open_stretches(
     """What the journal lacks of each stretch. Stretches are cut from all requests, so they stay the same
     as the journal fills.
     """
+    asked = False
     pairs = ((prompt, sample) for prompt in _prompts(run) for sample in range(recipe.collect.samples))
     while stretch := list(islice(pairs, size)):
         requests = _requests(teacher, stretch)
         lacking = set(journal.missing(request.key for request in requests))
         line.advance(len(requests) - len(lacking))
+        if lacking and not asked:
+            refuse_before(recipe)
+            asked = True
         if lacking:
             yield [request for request in requests if request.key in lacking]
 

@@ -40,7 +40,9 @@ class FileRow(NamedTuple):
     messages: tuple[Message, ...]
 
 
-class _Raw(NamedTuple):
+class RawRow(NamedTuple):
+    """One row as it was read."""
+
     where: str
     row: dict[str, JsonValue] | Wrong
 
@@ -107,10 +109,11 @@ def _lines(source: FilePrompts) -> Iterator[str]:
         raise _unreadable(source, str(error.strerror), "a file that may be read", "check its permissions") from None
 
 
-def _read_jsonl(source: FilePrompts) -> Iterator[_Raw]:
+def read_jsonl(source: FilePrompts) -> Iterator[RawRow]:
+    """Where each row of a JSONL file stands, and what it holds. Raises `PromptError` where it may not be read."""
     for number, line in enumerate(_lines(source), 1):
         if line.strip():
-            yield _Raw(f"{source.path}:{number}", _json_row(line))
+            yield RawRow(f"{source.path}:{number}", _json_row(line))
 
 
 def _json_row(line: str) -> dict[str, JsonValue] | Wrong:
@@ -128,7 +131,7 @@ def _json_row(line: str) -> dict[str, JsonValue] | Wrong:
     return row
 
 
-def _read_csv(source: FilePrompts) -> Iterator[_Raw]:
+def _read_csv(source: FilePrompts) -> Iterator[RawRow]:
     csv.field_size_limit(_LARGEST_FIELD)
     reader = csv.reader(_lines(source), strict=True)
     names: list[str] | None = None
@@ -139,7 +142,7 @@ def _read_csv(source: FilePrompts) -> Iterator[_Raw]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield _Raw(
+            yield RawRow(
                 where,
                 Wrong(
                     f"not CSV ({error})",
@@ -153,12 +156,12 @@ def _read_csv(source: FilePrompts) -> Iterator[_Raw]:
         if names is None:
             names = _header(source, cells)
         elif len(cells) != len(names):
-            yield _Raw(
+            yield RawRow(
                 where,
                 Wrong(f"{len(cells)} fields", f"{len(names)}, as in the header", "quote fields that hold commas"),
             )
         else:
-            yield _Raw(where, dict(zip(names, cells, strict=True)))
+            yield RawRow(where, dict(zip(names, cells, strict=True)))
 
 
 def _header(source: FilePrompts, names: list[str]) -> list[str]:
@@ -177,7 +180,7 @@ def _header(source: FilePrompts, names: list[str]) -> list[str]:
     return names
 
 
-def _read_parquet(source: FilePrompts) -> Iterator[_Raw]:
+def _read_parquet(source: FilePrompts) -> Iterator[RawRow]:
     try:
         with pq.ParquetFile(source.path) as file:
             wanted = [source.column] if source.column else ["messages", "prompt"]
@@ -186,7 +189,7 @@ def _read_parquet(source: FilePrompts) -> Iterator[_Raw]:
             for batch in file.iter_batches(batch_size=1024, columns=names):
                 for index in range(batch.num_rows):
                     number += 1
-                    yield _Raw(f"{source.path}: row {number}", _parquet_row(batch, index))
+                    yield RawRow(f"{source.path}: row {number}", _parquet_row(batch, index))
     except (pa.ArrowException, OSError) as error:
         reason = shown(str(error).strip().split("\n")[0], 200)
         raise _unreadable(
@@ -205,4 +208,4 @@ def _parquet_row(batch: pa.RecordBatch, index: int) -> dict[str, JsonValue] | Wr
         )
 
 
-_READERS = {"jsonl": _read_jsonl, "csv": _read_csv, "parquet": _read_parquet}
+_READERS = {"jsonl": read_jsonl, "csv": _read_csv, "parquet": _read_parquet}

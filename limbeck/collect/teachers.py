@@ -100,7 +100,7 @@ class Writing(Teacher, Protocol):
 
 
 def make_teacher(
-    settings: recipe.LocalTeacher | recipe.EndpointTeacher, collect: recipe.Collect, seed: int
+    settings: recipe.LocalTeacher | recipe.FileTeacher | recipe.EndpointTeacher, collect: recipe.Collect, seed: int
 ) -> Writing | Endpoint:
     """The teacher that a recipe describes. Its weights are loaded when it first has to answer."""
     match settings.kind:
@@ -108,6 +108,10 @@ def make_teacher(
             from limbeck.collect.local import LocalTeacher
 
             return LocalTeacher(settings, collect, seed)
+        case "file":
+            from limbeck.collect.answers import FileTeacher
+
+            return FileTeacher(settings)
         case "openai" | "anthropic":
             from limbeck.collect.endpoints.teacher import Endpoint
 

@@ -23,7 +23,7 @@ from limbeck.evaluate.figures import Row, Subject, reading_interval, scores_of
 from limbeck.evaluate.scores import write_scores
 from limbeck.evaluate.statistics import LEVEL, RESAMPLES
 from limbeck.progress import Line
-from limbeck.recipe import EndpointTeacher, LocalTeacher, Recipe
+from limbeck.recipe import EndpointTeacher, FileTeacher, LocalTeacher, Recipe
 from limbeck.records import Example, Score
 from limbeck.render.examples import read_examples
 from limbeck.rundir import RunDir
@@ -112,9 +112,11 @@ def _measure(recipe: Recipe, run: RunDir, chosen: Sequence[Example], line: Line)
     return measured
 
 
-def _teacher(spec: LocalTeacher | EndpointTeacher, measured: _Measured) -> PreTrainedModel | None:
+def _teacher(spec: LocalTeacher | FileTeacher | EndpointTeacher, measured: _Measured) -> PreTrainedModel | None:
     if not isinstance(spec, LocalTeacher):
-        measured.missing[spec.name] = "its weights are not here, and an endpoint gives no whole distributions"
+        measured.missing[spec.name] = (
+            "its weights are not here, and neither an endpoint nor a file gives whole distributions"
+        )
         return None
     try:
         return _load(spec.model, spec.precision)

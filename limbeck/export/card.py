@@ -22,6 +22,7 @@ from limbeck.export.words import duration, interval, markdown, number, one_line,
 from limbeck.ledger.canonical import CARD
 from limbeck.recipe import OnPolicy, PrunedStudent, Recipe
 from limbeck.rundir import RunDir, atomic
+from limbeck.terms.obligations import shown
 
 HUB_LICENCES = frozenset({
     "afl-3.0", "agpl-3.0", "apache-2.0", "artistic-2.0", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0",
@@ -84,6 +85,7 @@ def card_text(evidence: Evidence, licence: str | None) -> str:
         scores=scores,
         unscored=[score for score in evidence.scores if score.value is None],
         latest=evidence.latest,
+        words=shown(evidence.rulings.obligations) if evidence.rulings else [],
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from limbeck.records import Completion, Digest, Entry, Prompt, Score, Split, Ver
 from limbeck.render.examples import read_examples
 from limbeck.rundir import RunDir
 from limbeck.tables import read_records
+from limbeck.terms.rulings import Rulings, rulings_of
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -183,6 +184,8 @@ class Evidence:
     notes: tuple[NoteSeen, ...]
     """Signed notes, oldest first."""
     trust: Trust
+    rulings: Rulings | None
+    """What the terms gate said; None where it was not asked."""
 
     def entry(self, stage: str) -> Entry | None:
         """The latest entry of a stage, or None where there is none yet."""
@@ -245,6 +248,7 @@ def read_evidence(recipe: Recipe, run: RunDir) -> Evidence:
         speeds=_typed(facts.get("reading_ms_a_token"), Speed),
         notes=_notes(entries),
         trust=_trust(entries),
+        rulings=rulings_of(run.root),
     )
 
 

@@ -8,6 +8,8 @@ Checked, for a whole run or a partial one:
   (`limbeck.ledger.commitments`);
 - what is signed: every checkpoint and note, its signature, its root, and its time-stamps
   (`limbeck.ledger.signing.checks`);
+- the terms gate: every token, the set it is bound to, and every waiver, which has to have been in force when the
+  training under it began (`limbeck.terms.evidence`);
 - the recipe: every entry was made with the recipe that lies in RUN;
 - the files: what the latest entry of each stage says it wrote is there, byte for byte;
 - the arrows: whatever an entry read is what the stage before had written by then, and nothing newer exists;
@@ -106,6 +108,7 @@ def verify(
     from limbeck.ledger.parents import record_differences
     from limbeck.ledger.signing.checks import Against, check_signed, signed_notes
     from limbeck.ledger.signing.timestamps import read_authorities
+    from limbeck.terms.evidence import gate_problems
 
     root = Path(run)
     refuse_other_than_run(root)
@@ -117,6 +120,7 @@ def verify(
     present, file_differences = _files(root, outputs)
     record_problems, record_notes = record_differences(root, present)
     leaf_problems, leaf_notes = leaf_differences(root, tree, present, salts)
+    differences += gate_problems(entries, tree.sets, tree.latest)
     differences += [*signed.problems, *leaf_problems, *_order(root, signed.made, tree.sets, salts, present)]
     differences += [*_recipe(root, entries), *_arrows(entries), *file_differences, *record_problems]
     notes = [

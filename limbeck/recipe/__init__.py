@@ -8,6 +8,7 @@ out.
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -21,8 +22,9 @@ from pydantic_core import PydanticCustomError
 from limbeck.errors import Problem
 from limbeck.ledger.canonical import digest_json
 from limbeck.recipe.parts import WHOLE, NonNegativeFloat, NonNegativeInt, Part, PositiveFloat, PositiveInt, Probability
+from limbeck.recipe.teachers import NO_ENDPOINT as NO_ENDPOINT
 from limbeck.recipe.teachers import AnthropicTeacher as AnthropicTeacher
-from limbeck.recipe.teachers import EndpointTeacher, LocalTeacher, Teacher, endpoint_problems
+from limbeck.recipe.teachers import EndpointTeacher, FileTeacher, LocalTeacher, Teacher, endpoint_problems
 from limbeck.recipe.teachers import OpenAITeacher as OpenAITeacher
 from limbeck.recipe.train import Adapter as Adapter
 from limbeck.recipe.train import HiddenSignalSettings as HiddenSignalSettings
@@ -35,9 +37,7 @@ from limbeck.recipe.train import TopKSignalSettings as TopKSignalSettings
 
 
 class Use(Part):
-    """What the student is for, which `limbeck terms check` decides on. What is not said is taken in its strictest
-    sense.
-    """
+    """What the student is for, which the terms gate decides on. What is not said is taken in its strictest sense."""
 
     distribution: Literal["internal", "hosted", "public-weights"] = "public-weights"
     """Who gets the student: nobody outside, users of a service, or anyone (its weights are published)."""
@@ -71,6 +71,11 @@ class FilePrompts(Part):
     """The column with the prompt's text, where it is called neither `prompt` nor `messages`."""
     licence: str = "unknown"
     """SPDX id of the licence the prompts are under."""
+    terms: str | None = None
+    """Id of the terms the prompts are under, where a model wrote them or the terms of a data set hold; null says that
+    no model wrote them."""
+    generated: date | None = None
+    """Day on which a model wrote them, or the data set was had; needed with `terms`."""
     limit: PositiveInt | None = None
     """Use only the first so many different prompts."""
 
@@ -215,9 +220,11 @@ class Recipe(Part):
     """How it learns."""
     evaluate: Evaluate = Evaluate()
     """What is measured."""
+    waivers: tuple[str, ...] = ()
+    """Files of signed waivers, as `limbeck terms waive` writes them: for terms that would refuse the declared use."""
 
     @property
-    def teachers(self) -> tuple[LocalTeacher | EndpointTeacher, ...]:
+    def teachers(self) -> tuple[LocalTeacher | FileTeacher | EndpointTeacher, ...]:
         """All teachers, one or many."""
         return self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
 
@@ -226,7 +233,7 @@ class Recipe(Part):
         """Those whose weights are here."""
         return tuple(teacher for teacher in self.teachers if isinstance(teacher, LocalTeacher))
 
-    def words_of(self, teacher: LocalTeacher | EndpointTeacher) -> str:
+    def words_of(self, teacher: LocalTeacher | FileTeacher | EndpointTeacher) -> str:
         """Reference of the model whose tokenizer and chat template render this teacher's answers: its own, or the
         student's where its weights are not here.
         """

@@ -6,6 +6,7 @@ A key that opens an endpoint is never in a recipe: the recipe names the environm
 from __future__ import annotations
 
 import ipaddress
+from datetime import date
 from decimal import Decimal
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -42,6 +43,32 @@ class LocalTeacher(Part):
     """Id of the terms its outputs are used under, or `own-model` for a model of one's own."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """Precision it runs in; `auto` takes bf16 where the processor multiplies it in hardware."""
+
+    @property
+    def name(self) -> str:
+        """What the records call this teacher."""
+        return self.model
+
+
+class FileTeacher(Part):
+    """Answers that are there already: each prompt of the recipe is answered by the row of a file that has it."""
+
+    kind: Literal["file"] = "file"
+    """Rows of a JSONL file: `prompt` or `messages`, and `completion`."""
+    path: str
+    """The file. A relative path starts at the recipe's directory, or else at the working directory."""
+    model: str
+    """The model that wrote the answers; what the records call this teacher."""
+    terms: str = "unknown"
+    """Id of the terms its outputs are used under, or `own-model` for a model of one's own."""
+    route: Literal["self-hosted", "maker-api", "maker-app", "router", "dataset", "unknown"] = "unknown"
+    """How the answers were had: from weights of one's own machine, the maker's API or app, somebody between, or a
+    published data set. Unknown refuses."""
+    generated: date | None = None
+    """Day on which the answers were generated, the last one where there were several; without it only `own-model`
+    passes."""
+    provider: str = "unknown"
+    """Who ran the model, for the records."""
 
     @property
     def name(self) -> str:
@@ -130,12 +157,7 @@ class _Endpoint(Part):
     @property
     def reached(self) -> str:
         """The route as recorded: what the recipe says, or what the host is known for, or `unknown`."""
-        if self.route != "auto":
-            return self.route
-        host = urlsplit(self.base_url).hostname or ""
-        if is_local(host):
-            return "self-hosted"
-        return "maker-api" if host in _MAKERS else "router" if host in _ROUTERS else "unknown"
+        return route_of(self.base_url) if self.route == "auto" else self.route
 
 
 class OpenAITeacher(_Endpoint):
@@ -166,13 +188,24 @@ def _kind(value: object) -> object:
     return value.get("kind", "local") if isinstance(value, dict) else getattr(value, "kind", "local")
 
 
+NO_ENDPOINT = frozenset({"local", "file"})
+"""Kinds of teachers that nothing is sent to."""
 EndpointTeacher = OpenAITeacher | AnthropicTeacher
 Teacher = Annotated[
     Annotated[LocalTeacher, Tag("local")]
+    | Annotated[FileTeacher, Tag("file")]
     | Annotated[OpenAITeacher, Tag("openai")]
     | Annotated[AnthropicTeacher, Tag("anthropic")],
     Discriminator(_kind),
 ]
+
+
+def route_of(address: str) -> str:
+    """The route that an address is known for, or `unknown`."""
+    host = urlsplit(address).hostname or ""
+    if is_local(host):
+        return "self-hosted"
+    return "maker-api" if host in _MAKERS else "router" if host in _ROUTERS else "unknown"
 
 
 def is_local(host: str) -> bool:
@@ -203,7 +236,10 @@ def _wrong_address(value: str) -> str | None:
 
 
 def endpoint_problems(
-    teachers: tuple[LocalTeacher | EndpointTeacher, ...], student: str, signal: str, sources: tuple[str, ...]
+    teachers: tuple[LocalTeacher | FileTeacher | EndpointTeacher, ...],
+    student: str,
+    signal: str,
+    sources: tuple[str, ...],
 ) -> list[Problem]:
     """What a recipe cannot ask of teachers without weights, and keys given twice. `student`, `signal` and `sources` are
     kinds; a signal that a server says is `served`.
@@ -213,7 +249,7 @@ def endpoint_problems(
         if isinstance(teacher, LocalTeacher):
             continue
         who = f"{teacher.model}, whose weights are not here"
-        if teacher.api_key_env and teacher.api_key_file:
+        if not isinstance(teacher, FileTeacher) and teacher.api_key_env and teacher.api_key_file:
             where = f"teacher.{index}" if len(teachers) > 1 else "teacher"
             found = "both api_key_env and api_key_file"
             problems.append(Problem(where, found, "one of them", "remove the one that does not hold the key"))

@@ -67,6 +67,7 @@ def render_report(evidence: Evidence) -> str:
         held_out=max((score.n for score in evidence.scores), default=0),
         use=view.use(evidence),
         uses=view.uses(evidence),
+        forecast=view.forecast(evidence),
         start=view.start(evidence),
         start_licence=view.start_licence(evidence),
         resamples=view.resamples(evidence),

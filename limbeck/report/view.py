@@ -13,9 +13,10 @@ from limbeck.evaluate.scores import NAMES, SUBJECTS
 from limbeck.export.evidence import Evidence, Size, Speed
 from limbeck.export.pruning import kept_of, narrowed
 from limbeck.export.words import interval, number, one_line, percent, several, size
-from limbeck.recipe import PrunedStudent
+from limbeck.recipe import PrunedStudent, Use
 from limbeck.records import Digest, Entry, Score
 from limbeck.report.figures import loss_curve, score_dots
+from limbeck.terms.gate import rule_route, strictest
 
 TITLES = {
     "agreement_top1": ("Agreement", "share of places with the teacher's next token; 1 is best"),
@@ -280,6 +281,28 @@ def uses(evidence: Evidence) -> list[tuple[str, str, str]]:
     return [(name, meaning, here if name == declared.distribution else "") for name, meaning in _DISTRIBUTIONS.items()]
 
 
+class Forecast(NamedTuple):
+    """What the gate would say of another distribution."""
+
+    verdict: str
+    clause: str
+    obligations: tuple[str, ...]
+
+
+def forecast(evidence: Evidence) -> dict[str, Forecast]:
+    """By distribution, with purpose and money as declared; waivers are for one use and are left out. Empty where
+    no gate was asked.
+    """
+    found: dict[str, Forecast] = {}
+    for name in _DISTRIBUTIONS if evidence.rulings else ():
+        use = Use.model_validate(evidence.recipe.use.model_dump() | {"distribution": name})
+        ruled = evidence.rulings.rulings if evidence.rulings else ()
+        whole = strictest(rule_route(one.terms, use, one.day, one.route) for one in ruled)
+        told = tuple(f"{o.kind}: {o.value}" for o in whole.obligations)
+        found[name] = Forecast(whole.verdict.value, whole.clause, told)
+    return found
+
+
 def timeline(evidence: Evidence) -> list[Event]:
     """Every entry of the ledger, first to last."""
     latest = {digest for _, digest in evidence.latest}
@@ -306,8 +329,8 @@ def _told(facts: Mapping[str, JsonValue]) -> Iterator[str]:
 
 
 def _pretty(facts: Mapping[str, JsonValue]) -> str:
-    """The facts as JSON, without the manifests: those are lists of files, and their digests stand beside."""
-    kept = {name: value for name, value in facts.items() if name != "manifests"}
+    """The facts as JSON, without lists of files, whose digests stand beside, and without the gate's envelopes."""
+    kept = {name: value for name, value in facts.items() if name not in ("manifests", "gate")}
     return json.dumps(kept, ensure_ascii=False, indent=1) if kept else ""
 
 

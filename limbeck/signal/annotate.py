@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from limbeck import models
 from limbeck.errors import StaleError
 from limbeck.ledger.canonical import digest_json
-from limbeck.recipe import EndpointTeacher, LocalTeacher, Recipe
+from limbeck.recipe import EndpointTeacher, FileTeacher, LocalTeacher, Recipe
 from limbeck.records import Digest, Example
 from limbeck.render.batches import collate
 from limbeck.render.examples import ExampleSet, read_examples
@@ -105,10 +105,12 @@ def signal_key(recipe: Recipe, examples: ExampleSet) -> SignalKey:
     return key.model_copy(update=update)
 
 
-def _who(teacher: LocalTeacher | EndpointTeacher) -> Digest:
+def _who(teacher: LocalTeacher | FileTeacher | EndpointTeacher) -> Digest:
     """Digest of a teacher's weights, or of its address and name where they are not here."""
     if isinstance(teacher, LocalTeacher):
         return models.resolve(teacher.model).digest
+    if isinstance(teacher, FileTeacher):
+        return digest_json([teacher.kind, teacher.path, teacher.model])
     return digest_json([teacher.kind, teacher.base_url, teacher.model])
 
 

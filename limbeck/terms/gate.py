@@ -1,9 +1,10 @@
-"""The gate: may a student for this use be trained on outputs generated under these terms on that day?
+"""The gate's ruling: may a student for this use be trained on outputs generated under these terms on that day?
 
 Three values: allowed, refused, unknown; unknown refuses too. What is not said is taken in its strictest sense, so
 leaving something out never relaxes a verdict, and the verdict over several teachers is the strictest of theirs.
 "Competing" is defined in no contract that was read: a general assistant is taken to compete, and whether anything else
-does is unknown.
+does is unknown. A waiver (`limbeck.terms.waivers`) turns what is refused or unknown into `waived`, and never into
+`allowed`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ class Outcome(StrEnum):
     """What the gate says, from the most to the least permissive."""
 
     ALLOWED = "allowed"
+    WAIVED = "waived"
     UNKNOWN = "unknown"
     REFUSED = "refused"
 
 
-_STRICTNESS = {Outcome.ALLOWED: 0, Outcome.UNKNOWN: 1, Outcome.REFUSED: 2}
+STRICTNESS = {outcome: place for place, outcome in enumerate(Outcome)}
+PASSING = frozenset({Outcome.ALLOWED, Outcome.WAIVED})
 
 
 class Ruling(NamedTuple):
@@ -39,8 +42,27 @@ class Ruling(NamedTuple):
 
     @property
     def passes(self) -> bool:
-        """Whether training may go on. Only what is allowed passes."""
-        return self.verdict is Outcome.ALLOWED
+        """Whether training may go on: only what is allowed passes, or what a waiver lets through."""
+        return self.verdict in PASSING
+
+
+def rule_route(terms_id: str, use: Use, day: dt.date | None, route: str) -> Ruling:
+    """As `rule`, for outputs that came by `route`, which has to be the one the terms are about: the same weights carry
+    other terms self-hosted, through their maker's API and through a router. A day that nobody said decides nothing.
+
+    Raises:
+        InputError: no such terms.
+    """
+    if terms_id == UNKNOWN:
+        return rule(terms_id, use, dt.date.min)
+    due = "self-hosted" if terms_id == OWN_MODEL else find(terms_id).route
+    if route != due:
+        told = f"the outputs came by the route {route}, and these terms are about {due}"
+        return Ruling(terms_id, Outcome.UNKNOWN, "" if terms_id == OWN_MODEL else find(terms_id).clause, told, ())
+    if day is None and terms_id != OWN_MODEL:
+        told = "nobody said on which day the outputs were generated"
+        return Ruling(terms_id, Outcome.UNKNOWN, find(terms_id).clause, told, ())
+    return rule(terms_id, use, day or dt.date.min)
 
 
 def rule(terms_id: str, use: Use, day: dt.date) -> Ruling:
@@ -97,6 +119,6 @@ def strictest(rulings: Iterable[Ruling]) -> Ruling:
     all_of_them = list(rulings)
     if not all_of_them:
         return Ruling(UNKNOWN, Outcome.UNKNOWN, "", "there is nothing to rule on", ())
-    worst = max(all_of_them, key=lambda ruling: _STRICTNESS[ruling.verdict])
+    worst = max(all_of_them, key=lambda ruling: STRICTNESS[ruling.verdict])
     obligations = tuple(dict.fromkeys(o for ruling in all_of_them for o in ruling.obligations))
     return worst._replace(obligations=obligations)

@@ -3,6 +3,9 @@
 A row holds a short paraphrase, the clause, the day from which it holds, the day it was read, and how: `primary` (the
 text itself), `transcription` (a third party's dated copy), or `unverified`, which decides nothing. The route is part of
 the row, because the same weights carry different terms self-hosted, through their maker's API, and through a router.
+
+Whatever could make a row stricter has to be written, even where there is nothing of it: a file that lost a line is no
+row, and not a more permissive one.
 """
 
 from __future__ import annotations
@@ -44,10 +47,32 @@ class When(_Part):
         )
 
 
+class Only(_Part):
+    """For which uses something is excepted: all keys are there, so that one left out cannot widen an exception."""
+
+    distribution: tuple[Literal["internal", "hosted", "public-weights"], ...]
+    purpose: tuple[Literal["general-assistant", "task-specific", "classifier", "research"], ...]
+    commercial: tuple[bool, ...]
+
+    def matches(self, use: Use) -> bool:
+        """Whether `use` is one of these."""
+        return (
+            use.distribution in self.distribution and use.purpose in self.purpose and use.commercial in self.commercial
+        )
+
+
 class Clause(_Part):
-    """A clause that decides for some uses otherwise than the terms do as a whole."""
+    """A clause that refuses some uses although the terms as a whole do not."""
 
     when: When
+    clause: str
+    says: str
+
+
+class Exemption(_Part):
+    """A clause that allows some uses although the terms as a whole do not."""
+
+    when: Only
     clause: str
     says: str
 
@@ -66,6 +91,8 @@ class Obligation(_Part):
         "attribution",
     ]
     value: str
+    text: str = ""
+    """What has to be put into a notice or shown, word for word, where the terms ask for certain words."""
     when: When = When()
 
 
@@ -78,7 +105,7 @@ class Terms(_Part):
     route: Literal["self-hosted", "maker-api", "maker-app", "router", "dataset"]
     kind: Literal["service-contract", "weights-licence", "dataset-licence", "router"]
     effective: dt.date
-    superseded: dt.date | None = None
+    superseded: dt.date | None
     """From this day on another version holds."""
     retrieved: dt.date
     read: Literal["primary", "transcription", "unverified"]
@@ -88,11 +115,11 @@ class Terms(_Part):
     scope: Literal["any-model", "competing", "general-purpose", "image-only"]
     """Which models a prohibition is about."""
     says: str
-    forbidden: tuple[Clause, ...] = ()
+    forbidden: tuple[Clause, ...]
     """Uses that are refused although the rest is unknown."""
-    exceptions: tuple[Clause, ...] = ()
+    exceptions: tuple[Exemption, ...] = ()
     """Uses that are allowed although the rest is forbidden."""
-    obligations: tuple[Obligation, ...] = ()
+    obligations: tuple[Obligation, ...]
     address: str
     note: str = ""
 

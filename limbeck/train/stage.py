@@ -30,6 +30,9 @@ from limbeck.signal.head import head_of
 from limbeck.signal.store import SignalStore
 from limbeck.signal.types import SignalKind
 from limbeck.tables import write_records
+from limbeck.terms.obligations import NOTICE, notice
+from limbeck.terms.rulings import rulings_of
+from limbeck.terms.token import require_token
 from limbeck.train.adapter import adapted, merged_copy
 from limbeck.train.feed import Feed
 from limbeck.train.losses import Loss, Pairing, check_pairing
@@ -40,11 +43,11 @@ from limbeck.train.trainer import DistillationTrainer, SealCheckpoints, last_che
 
 
 def train(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
-    """Train the student; resumes from the last complete checkpoint under RUN/checkpoints."""
+    """Train the student, if the terms gate let its set through; resumes from the last complete checkpoint."""
     settings = recipe.train
     models.release()
     models.keep_memory()
-    examples = read_examples(run / "examples")
+    examples = _let_through(recipe, run)
     store = SignalStore.open(run / "signals", expect=signal_key(recipe, examples), examples=examples.train)
     loss = loss_of(settings)
     pairings = check_pairing(loss, store.manifest.kind, allow_biased=settings.allow_biased)
@@ -99,6 +102,14 @@ def train(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
     _save_student(model, weights, tokenizer, run, dtype)
     biased = biased_terms(recipe, store.manifest.kind, pairings)
     return _record(recipe, run, trainer.state.log_history, model, schedule, examples, dtype, padding, biased)
+
+
+def _let_through(recipe: Recipe, run: RunDir) -> ExampleSet:
+    """The examples. Raises `RefusedError` where RUN has no token of the terms gate for exactly these."""
+    examples = read_examples(run / "examples")
+    if ranks.first():
+        require_token(recipe, run, examples.examples)
+    return examples
 
 
 def _student(recipe: Recipe, run: RunDir, dtype: torch.dtype) -> PreTrainedModel:
@@ -260,6 +271,8 @@ def _save_student(
         narrow = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
         model.save_pretrained(half, state_dict=narrow)
         tokenizer.save_pretrained(half)
+        if told := notice(ruled.rulings if (ruled := rulings_of(run.root)) else ()):
+            (half / NOTICE).write_text(told, encoding="utf-8")
 
 
 def _record(
