@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import (
     Discriminator,
     Field,
+    StrictBool,
     Tag,
     model_validator,
 )
@@ -20,7 +21,16 @@ from pydantic_core import PydanticCustomError
 
 from limbeck.errors import Problem
 from limbeck.ledger.canonical import digest_json
-from limbeck.recipe.parts import WHOLE, NonNegativeFloat, NonNegativeInt, Part, PositiveFloat, PositiveInt, Probability
+from limbeck.recipe.parts import (
+    WHOLE,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Part,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Share,
+)
 from limbeck.recipe.teachers import AnthropicTeacher as AnthropicTeacher
 from limbeck.recipe.teachers import EndpointTeacher, LocalTeacher, Teacher, endpoint_problems
 from limbeck.recipe.teachers import OpenAITeacher as OpenAITeacher
@@ -103,6 +113,21 @@ class Budget(Part):
     teacher costs none."""
 
 
+class Batch(Part):
+    """How endpoints are asked through their provider's batch API, at about half the price and within a day."""
+
+    rows: PositiveInt | None = None
+    """Requests in a batch at most; null is what the provider takes: 50,000 at OpenAI, 100,000 at Anthropic."""
+    megabytes: PositiveFloat | None = None
+    """Size of a batch at most, in millions of bytes; null is what the provider takes: 200 at OpenAI, 256 at
+    Anthropic."""
+    poll: PositiveFloat = 60.0
+    """Most seconds between two looks at a batch; the first ones follow sooner."""
+    price_share: Share = 0.5
+    """What a row of a batch costs of the teacher's `price`, or of the standard price where genai-prices lists none for
+    batches."""
+
+
 class Collect(Part):
     """How the teacher is asked."""
 
@@ -124,6 +149,14 @@ class Collect(Part):
     unanswered: Literal["stop", "leave_out"] = "stop"
     """What to do where the cap, an exhausted quota or a failing endpoint leaves prompts without an answer: stop there,
     or go on with the answers there are. Either way a later run asks for the rest."""
+    batch: StrictBool | Batch = False
+    """Ask endpoints through their provider's batch API (OpenAI's and Anthropic's have one); `true`, or with settings. A
+    local teacher is asked as ever."""
+
+    @property
+    def batched(self) -> Batch | None:
+        """How batches are made; None where requests are sent one by one."""
+        return self.batch if isinstance(self.batch, Batch) else Batch() if self.batch else None
 
 
 class Curate(Part):
@@ -245,7 +278,7 @@ class Recipe(Part):
         stays spent.
         """
         values = self.model_dump(mode="json")
-        for key in ("budget", "concurrency", "journal", "unanswered"):
+        for key in ("batch", "budget", "concurrency", "journal", "unanswered"):
             del values["collect"][key]
         return digest_json(values)
 
