@@ -21,7 +21,7 @@ from limbeck.collect.journal import Journal
 from limbeck.recipe import Recipe
 from limbeck.testing import Delay, Faults, Server, Settings
 
-KILLS = int(os.environ.get("LIMBECK_TEST_KILLS", "6"))
+KILLS = int(os.environ.get("LIMBECK_TEST_KILLS", "4"))
 """How often a run is killed."""
 SUBMISSIONS = max(2, KILLS * 8 // 50)
 """How many of the kills are to be inside a batch's submission."""

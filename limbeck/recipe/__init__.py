@@ -302,6 +302,9 @@ class Recipe(Part):
             tuple(source.kind for source in self.prompts),
         )
         problems += endpoint_problems(self.teachers, *kinds)
+        if self.collect.batched is not None and all(isinstance(teacher, LocalTeacher) for teacher in self.teachers):
+            remedy = "remove it; collect.concurrency says how many answers a local teacher writes at a time"
+            problems.append(Problem("collect.batch", "only local teachers", "a teacher behind an endpoint", remedy))
         if self.train.accumulate > self.train.batch_size:
             problems.append(
                 Problem(

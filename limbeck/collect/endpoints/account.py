@@ -62,6 +62,11 @@ class Account:
                 "cap_dollars": cap,
                 "batches": len(self.batches),
                 "answers_in_batches": self.batches.total(),
+                "batch_prices": {
+                    name: one.source if one else "unknown" for name, one in sorted(self.batch_prices.items())
+                }
+                if self.batches
+                else {},
                 "prices": {name: one.source if one else "unknown" for name, one in sorted(self.prices.items())},
                 "requests": {name: one.requests for name, one in sorted(outcomes.items())},
                 "wasted": wasted,

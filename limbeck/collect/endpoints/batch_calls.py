@@ -133,6 +133,7 @@ class Calls:
         until its results tell.
         """
         strangers: set[str] = set()
+        pause = min(_LOOK, _SETTLE / 4)
         began = time.monotonic()  # should the clock have been set back since, that is long enough too
         while True:
             known, maybe = self._log.names(), False
@@ -150,7 +151,8 @@ class Calls:
             waited = max((datetime.now(UTC) - asked).total_seconds(), time.monotonic() - began)
             if not maybe and waited >= _SETTLE:
                 return None
-            await asyncio.sleep(min(_LOOK, _SETTLE / 4) if not maybe else min(self._poll, 15.0))
+            await asyncio.sleep(pause)
+            pause = min(1.5 * pause, self._poll) if maybe else min(_LOOK, _SETTLE / 4)
 
     async def _listed_since(self, since: datetime) -> list[Job]:
         found: list[Job] = []

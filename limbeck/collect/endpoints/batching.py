@@ -98,7 +98,7 @@ class Batching:
                     break
                 if attempt == self._teacher.settings.attempts - 1:
                     for outcome, count in self._results.again.items():
-                        self._reasons.unanswered(f"{outcome} ({count} rows)")
+                        self._reasons.unanswered(outcome, count)
                 elif self._results.answers == before:  # nothing went through: not at once again
                     await asyncio.sleep(min(self._settings.poll, _FIRST_LOOK * 2**attempt))
                 self._results.again.clear()
