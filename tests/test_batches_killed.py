@@ -7,6 +7,8 @@ import os
 import random
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -25,7 +27,7 @@ KILLS = int(os.environ.get("LIMBECK_TEST_KILLS", "4"))
 """How often a run is killed."""
 SUBMISSIONS = max(2, KILLS * 8 // 50)
 """How many of the kills are to be inside a batch's submission."""
-REQUESTS = 2000 if KILLS >= 50 else 300
+REQUESTS = 40 * KILLS
 SUBMITS = {"openai": ("/v1/files", "/v1/batches"), "anthropic": ("/v1/messages/batches",)}
 SETTLE = 0.5
 """Seconds: longer than the server takes to create a batch, as in earnest."""
@@ -82,6 +84,35 @@ def killed_and_continued(server: Server, recipe: Recipe, root: Path, seed: int) 
             return Killed(kills, submitting)
         assert worker.exitcode == -signal.SIGKILL
         kills, submitting = kills + 1, submitting + half_submitted(root / "journal.db")
+
+
+def test_ctrl_c_leaves_batches_at_the_provider(tmp_path: Path):
+    """It is not awaited: a batch can take a day."""
+    with Server(Settings(words=20, batch_seconds=2.0)) as server:
+        recipe = made(server.url, file_of(tmp_path, 20), batch={"poll": 0.1})
+        (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+        code = (
+            "import sys, asking; from pathlib import Path; from limbeck.recipe import Recipe; "
+            "asking.ask(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))"
+        )
+        worker = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "recipe.json"), str(tmp_path / "run")],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        while not server.service.bill.requests:
+            time.sleep(0.005)
+        worker.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        _, said = worker.communicate(timeout=30)
+        assert time.monotonic() - began < 2
+        assert worker.returncode != 0
+        assert b"KeyboardInterrupt" in said
+        assert server.bill.requests < 20
+        _, answers = ask(recipe, tmp_path / "run")
+        assert len(answers) == server.bill.requests == 20
+        assert len({c.batch for c in answers}) == 1
 
 
 @pytest.mark.parametrize("kind", ["openai", "anthropic"])

@@ -141,10 +141,10 @@ class Batching:
         never can.
         """
         while (held := self._budget.hold(worst)) is None:
-            if not self._budget.held:
-                raise CapReachedError
-            if self._reasons.stop is not None or all(task.done() for task in self._tasks):
+            if self._reasons.stop is not None:
                 return False
+            if not self._budget.held or all(task.done() for task in self._tasks):  # nobody will give any back
+                raise CapReachedError
             self._changed.clear()
             await self._changed.wait()
         self._budget.settle(held, 0)
