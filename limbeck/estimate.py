@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from limbeck.collect.collect import collect
-from limbeck.collect.endpoints.prices import Prices, dollars, picodollars, prices_of
+from limbeck.collect.endpoints.prices import Prices, batch_prices_of, dollars, picodollars, prices_of
 from limbeck.collect.endpoints.teacher import Endpoint
 from limbeck.collect.files import iter_file_prompts
 from limbeck.collect.journal import Journal
@@ -61,6 +61,8 @@ class Estimate:
     """Of them, answered already."""
     pilot: int
     """Prompts asked for the projection."""
+    batches: bool
+    """Whether they go in batches, at a batch's prices."""
     prices: dict[str, str]
     """Who says what each endpoint charges."""
     figures: tuple[Figure, ...]
@@ -84,7 +86,11 @@ def estimate(
     teachers = [
         made for t in recipe.teachers if isinstance(made := make_teacher(t, recipe.collect, recipe.seed), Endpoint)
     ]
-    priced = {t.identity.name: prices_of(t.settings) for t in teachers}
+    batch = recipe.collect.batched
+    priced = {
+        t.identity.name: batch_prices_of(t.settings, batch.price_share) if batch else prices_of(t.settings)
+        for t in teachers
+    }
     path = Path(recipe.collect.journal) if recipe.collect.journal is not None else journal
     chosen = _chosen(recipe, pilot)
     if pilot:
@@ -101,6 +107,7 @@ def estimate(
         requests=count * len(teachers) * recipe.collect.samples,
         journaled=bounds.journaled,
         pilot=len(chosen),
+        batches=batch is not None and bool(teachers),
         prices={name: one.source if one else "unknown" for name, one in priced.items()},
         figures=tuple(_figures(recipe, count, bounds, measured, all(priced.values()))),
     )
@@ -168,8 +175,10 @@ def _bounds(
 def _pilot(
     recipe: Recipe, chosen: Sequence[Prompt], priced: dict[str, Prices | None], path: Path, progress: Progress
 ) -> dict[str, list[float]]:
-    """Ask the prompts, and measure: by quantity, its sum over the requests of each prompt."""
-    shared = recipe.collect.model_copy(update={"journal": str(path), "unanswered": "stop"})
+    """Ask the prompts, and measure: by quantity, its sum over the requests of each prompt. Nobody waits a day for a
+    pilot: it is asked request by request, also where the rest goes in batches.
+    """
+    shared = recipe.collect.model_copy(update={"journal": str(path), "unanswered": "stop", "batch": False})
     endpoints = tuple(teacher for teacher in recipe.teachers if teacher.kind not in NO_ENDPOINT)
     piloting = recipe.model_copy(update={"collect": shared, "teacher": endpoints})
     with tempfile.TemporaryDirectory() as place:
@@ -210,7 +219,8 @@ def _figures(
         yield figure("money", "US dollars", "money", dollars(1), dollars(worst))
     endpoints = sum(teacher.kind not in NO_ENDPOINT for teacher in recipe.teachers)
     requests = prompts * endpoints * recipe.collect.samples
-    yield figure("time", "seconds", "seconds", 1 / max(1, min(recipe.collect.concurrency, requests)), None)
+    if recipe.collect.batched is None:
+        yield figure("time", "seconds", "seconds", 1 / max(1, min(recipe.collect.concurrency, requests)), None)
     yield figure("journal", "bytes", "bytes", 1, None)
 
 
@@ -231,9 +241,12 @@ def as_text(found: Estimate) -> str:
         lines.append(
             f"{one.name:<14} {' '.join(told) or 'not known without a pilot'} {one.unit if told else ''}".rstrip()
         )
+    if found.batches:
+        lines.append("in batches: a provider answers a batch within 24 hours; what it did not come to is asked again")
     if found.pilot:
         lines.append(
             f"projected from {found.pilot} prompts, whose answers lie in the journal; in brackets 95 % intervals"
+            + ("; they were asked alone, at full price" if found.batches else "")
         )
     else:
         lines.append("projected from nothing yet: --pilot 30 asks 30 of the prompts")

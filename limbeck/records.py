@@ -110,6 +110,8 @@ class Completion(_Record):
     response: Digest
     """Digest of the raw response bytes in the journal."""
     split: Split
+    batch: str | None = None
+    """The provider's id of the batch in which it came; None where it was asked for alone, or written here."""
 
     @property
     def id(self) -> Digest:

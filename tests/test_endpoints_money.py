@@ -14,7 +14,7 @@ from limbeck.collect.endpoints.budget import Budget, CapReachedError, Purse
 from limbeck.collect.endpoints.prices import PICO, dollars, picodollars, prices_of
 from limbeck.errors import RefusedError
 from limbeck.recipe import AnthropicTeacher, OpenAITeacher
-from limbeck.testing import Cut, Faults, Malformed, Model, Server, ServerError, Settings, Truncated
+from limbeck.testing import BadBatch, Cut, Faults, Malformed, Model, Server, ServerError, Settings, Truncated
 
 
 @given(
@@ -75,7 +75,12 @@ PRICES = st.decimals(min_value="0", max_value="60", places=4)
 @given(
     prompt=PRICES, answer=PRICES, words=st.integers(1, 60), spread=st.floats(0, 1), cap=st.floats(0.0005, 0.02),
     seed=st.integers(0, 99), concurrency=st.integers(1, 12),
+    batch=st.sampled_from([False, {"poll": 0.02}, {"poll": 0.02, "rows": 7}, {"poll": 0.02, "rows": 7}]),
+    kind=st.sampled_from(["openai", "responses", "anthropic"]),
     bad=st.lists(st.sampled_from([
+        BadBatch(kind="batch_expired", share=0.4, window=(0, 0.1)), BadBatch(kind="batch_rows", share=0.3),
+        Cut(when="after_billing", attempts=1, endpoints=("/v1/batches", "/v1/messages/batches")),
+        Cut(when="mid_body", attempts=1, endpoints=("/v1/files/*", "/v1/messages/batches/*")),
         Cut(when="after_billing", probability=0.2), Cut(when="before_billing", probability=0.1),
         ServerError(probability=0.1), ServerError(status=504, probability=0.1), Truncated(probability=0.2),
         Malformed(probability=0.2), Cut(when="mid_body", probability=0.2),
@@ -83,17 +88,20 @@ PRICES = st.decimals(min_value="0", max_value="60", places=4)
 )  # fmt: skip
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_bill_never_passes_the_cap(
-    tmp_path_factory: pytest.TempPathFactory, prompt, answer, words, spread, cap, seed, concurrency, bad
+    tmp_path_factory: pytest.TempPathFactory, prompt, answer, words, spread, cap, seed, concurrency, batch, kind, bad
 ):
     root = tmp_path_factory.mktemp("money")
     priced = {"price": {"input": float(prompt), "output": float(answer)}}
     model = Model(input=prompt, output=answer)
-    served = Settings(words=words, spread=spread, models={"toy": model}, idempotency=False)
+    served = Settings(words=words, spread=spread, models={"toy": model}, idempotency=False, batch_seconds=0.03)
     with pytest.MonkeyPatch.context() as patch, Server(served, Faults(faults=tuple(bad), seed=seed)) as server:
         patch.setattr("limbeck.collect.endpoints.sending._BACKOFF", 0.001)
         patch.setattr("limbeck.collect.endpoints.pacing._PROBE_FIRST", 0.01)
-        recipe = made(server.url, file_of(root, 40), teacher=priced, max_tokens=64, concurrency=concurrency,
-                      budget={"money": cap}, unanswered="leave_out")  # fmt: skip
+        patch.setattr("limbeck.collect.endpoints.batch_calls._BACKOFF", 0.001)
+        patch.setattr("limbeck.collect.endpoints.batch_calls._SETTLE", 0.05)
+        patch.setattr("limbeck.collect.endpoints.batching._FIRST_LOOK", 0.02)
+        recipe = made(server.url, file_of(root, 40), kind=kind, teacher=priced, batch=batch, max_tokens=64,
+                      concurrency=concurrency, budget={"money": cap}, unanswered="leave_out")  # fmt: skip
         for _ in range(2):
             try:
                 facts, rows = ask(recipe, root / "run")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from limbeck.cli import app
 from limbeck.errors import InputError
-from limbeck.estimate import Estimate, estimate
+from limbeck.estimate import Estimate, as_text, estimate
 from limbeck.testing import Model, Server, Settings
 
 PRICED = {"price": {"input": 1.0, "output": 3.0}}
@@ -78,6 +78,27 @@ def test_the_interval_covers_as_often_as_it_says(tmp_path: Path):
             _, low, high, _ = figures(found)["money"]
             covered += low <= float(server.bill.money - before) <= high  # type: ignore[operator]
     assert covered >= 16  # 95 % of 20 is 19; fewer than 16 has probability 0.0003
+
+
+def test_batches_cost_half_and_the_pilot_does_not_wait_for_one(tmp_path: Path):
+    with Server(SERVED) as server:
+        alone = made(server.url, file_of(tmp_path, 60), teacher=PRICED)
+        batched = alone.model_copy(update={"collect": alone.collect.model_copy(update={"batch": True})})
+        whole, half = figures(estimate(alone)), figures(estimate(batched))
+        assert half["money"][3] == pytest.approx(whole["money"][3] / 2)  # type: ignore[operator]
+        assert half["prompt tokens"] == whole["prompt tokens"]
+        found = estimate(batched, pilot=20, journal=tmp_path / "j.db")
+        assert all(charge.batch is None for charge in server.bill.charges)
+        assert (server.bill.requests, found.batches) == (20, True)
+        full = estimate(alone, pilot=20, journal=tmp_path / "j.db")
+        assert server.bill.requests == 20
+        for mine, other in zip(figures(found)["money"], figures(full)["money"], strict=True):
+            assert mine is not None
+            assert other is not None
+            assert mine == pytest.approx(other / 2, rel=1e-6)
+        assert "time" not in figures(found)
+        assert "24 hours" in as_text(found)
+        assert "24 hours" not in as_text(full)
 
 
 def test_a_pilot_that_cannot_be_is_refused(tmp_path: Path):

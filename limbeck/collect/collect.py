@@ -68,7 +68,7 @@ def collect(recipe: Recipe, run: RunDir, *, account: Digest | None = None) -> di
         journal.close_open()
         with run.progress.line("collect", total, "answers") as line:
             spent = _ask_all(teachers, recipe, run, journal, line, account)
-        totals = _Totals(_account(teachers))
+        totals = _Totals(_account(teachers, recipe))
         completions = totals.counting(_completions(teachers, recipe, run, journal))
         count = write_records(run / "completions.parquet", completions, Completion)
         _keep_here(teachers, recipe, run, journal)
@@ -127,17 +127,19 @@ def _ask_endpoint(
 ) -> _Spent:
     from limbeck.collect.endpoints.stage import ask_endpoint
 
-    stretches = _open_stretches(teacher, recipe, run, journal, line, _STRETCH_SENT)
+    def stretches(shown: Line) -> Iterator[list[Request]]:
+        return _open_stretches(teacher, recipe, run, journal, shown, _STRETCH_SENT)
+
     return _Spent(*ask_endpoint(teacher, stretches, recipe, journal, line, account=account, offline=run.offline))
 
 
-def _account(teachers: Sequence[Writing | Endpoint]) -> Account | None:
+def _account(teachers: Sequence[Writing | Endpoint], recipe: Recipe) -> Account | None:
     """What the endpoints charge; None where there are none."""
     if not (endpoints := [teacher for teacher in teachers if _behind_endpoint(teacher)]):
         return None
     from limbeck.collect.endpoints.stage import open_account
 
-    return open_account(endpoints)
+    return open_account(endpoints, recipe.collect.batched)
 
 
 def _ask(teacher: Writing, recipe: Recipe, run: RunDir, journal: Journal, line: Line) -> _Spent:
@@ -207,7 +209,9 @@ def _completions(
         yield _completion(request, prompt, sample, teacher, found)
 
 
-def _completion(request: Request, prompt: Prompt, sample: int, teacher: Teacher, found: Journaled) -> Completion:
+def _completion(
+    request: Request, prompt: Prompt, sample: int, teacher: Writing | Endpoint, found: Journaled
+) -> Completion:
     parsed, who = teacher.parse(request, found.raw), teacher.identity
     return Completion(
         prompt_id=prompt.id,
@@ -228,6 +232,7 @@ def _completion(request: Request, prompt: Prompt, sample: int, teacher: Teacher,
         request_id=request.key,
         response=found.response,
         split=prompt.split,
+        batch=teacher.batch(found.raw) if _behind_endpoint(teacher) else None,
     )
 
 
@@ -249,7 +254,7 @@ class _Totals:
             self.by_teacher[completion.teacher] += completion.completion_tokens
             tokens = completion.prompt_tokens, completion.completion_tokens
             if self.account is not None:
-                self.account.add(completion.teacher, completion.finish_reason, *tokens)
+                self.account.add(completion.teacher, completion.finish_reason, *tokens, completion.batch)
             yield completion
 
     def facts(self) -> dict[str, JsonValue]:

@@ -7,7 +7,8 @@ and counted, but not used.
 
 Beside the answers stands every request that was sent to an endpoint: written before it leaves, ended when
 its outcome is known. One without an outcome was under way when its process was killed. So what a provider
-billed is what is journaled, what ended otherwise, and what was in flight at the kills.
+billed is what is journaled, what ended otherwise, and what was in flight at the kills. Requests in a
+provider's batch are sent too; `limbeck.collect.endpoints.batch_log` keeps what is needed to find them again.
 
 The schema is versioned by `PRAGMA user_version`; opening an older journal brings it up to date, one
 migration a version, each in a transaction of its own.
@@ -30,6 +31,7 @@ from typing import NamedTuple, Self
 
 import zstandard
 
+from limbeck.collect.migrations import MIGRATIONS as _MIGRATIONS
 from limbeck.collect.teachers import Answer
 from limbeck.errors import InputError, Problem
 from limbeck.ledger.canonical import digest_bytes
@@ -99,6 +101,9 @@ class Took(NamedTuple):
 KILLED = "killed"
 """Outcome of a request that was under way when its process ended without a word; its cost is the most it can
 have been."""
+
+IN_BATCH = "in a batch"
+"""Outcome, until there is another, of a request in a batch that a provider works on: it outlives our process."""
 
 
 class Journal:
@@ -200,7 +205,7 @@ class Journal:
             return self._db.execute(_KILL, (KILLED, now)).rowcount
 
     def outcomes(self, account: Digest) -> dict[str, Outcomes]:
-        """The requests of one account by their outcome; those under way as `killed`."""
+        """The requests of one account by their outcome; those under way as `killed`, or as `in a batch`."""
         with self._telling():
             rows = self._db.execute(_OUTCOMES, (KILLED, account)).fetchall()
         return {outcome: Outcomes(requests, cost) for outcome, requests, cost in rows}
@@ -372,8 +377,12 @@ _END = (
     "json_extract(value, '$[2]') AS cost FROM json_each(?2)) AS e WHERE sent.number = e.number"
 )
 _TIMES = "SELECT started, ended FROM sent WHERE key = ? AND outcome = 'answered' ORDER BY number DESC LIMIT 1"
-_KILL = "UPDATE sent SET outcome = ?, cost = held, ended = ? WHERE outcome IS NULL"
-_OUTCOMES = "SELECT coalesce(outcome, ?), count(*), sum(coalesce(cost, held)) FROM sent WHERE account = ? GROUP BY 1"
+_BATCHED = "number IN (SELECT number FROM batch_rows)"
+_KILL = f"UPDATE sent SET outcome = ?, cost = held, ended = ? WHERE outcome IS NULL AND NOT {_BATCHED}"
+_OUTCOMES = (
+    f"SELECT coalesce(outcome, iif({_BATCHED}, '{IN_BATCH}', ?)), count(*), sum(coalesce(cost, held)) FROM sent "
+    "WHERE account = ? GROUP BY 1"
+)
 
 _UNUSABLE = {
     sqlite3.SQLITE_NOTADB: ("not an SQLite database", "move it out of the way, or use another --out"),
@@ -382,19 +391,3 @@ _UNUSABLE = {
     sqlite3.SQLITE_PERM: ("may not be used", "check the permissions of the file and its directory"),
     sqlite3.SQLITE_BUSY: ("in use by another process", "wait for that process, or stop it"),
 }
-
-_MIGRATIONS: tuple[tuple[str, ...], ...] = (
-    (
-        "CREATE TABLE answers (key TEXT PRIMARY KEY NOT NULL, request BLOB NOT NULL, raw BLOB NOT NULL, "
-        "response TEXT NOT NULL, created TEXT NOT NULL)",
-        "CREATE TABLE refused (key TEXT NOT NULL, raw BLOB NOT NULL, response TEXT NOT NULL, created TEXT NOT NULL)",
-    ),
-    (
-        "CREATE TABLE sent (number INTEGER PRIMARY KEY NOT NULL, key TEXT NOT NULL, account TEXT NOT NULL, "
-        "held INTEGER NOT NULL, cost INTEGER, outcome TEXT, started TEXT NOT NULL, ended TEXT)",
-        "CREATE INDEX sent_open ON sent (number) WHERE outcome IS NULL",
-    ),
-)
-"""Statements that lead from version n to n + 1. `request` and `raw` are zlib streams in rows of version 1 and zstd
-frames in later ones; the first bytes tell. Times are ISO 8601 in UTC, money whole picodollars.
-"""

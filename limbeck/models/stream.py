@@ -1,9 +1,9 @@
 """Training with what flows between the layers in bfloat16, over weights in float32.
 
-Autocast runs matrix products in bfloat16, but the sum that runs through the layers starts from float32 embeddings and is
-multiplied by float32 weights in every norm, so it, and all that is computed and kept from it, stays in float32. Here the
-embeddings are rounded once where they leave their table, and each norm computes in float32 and hands on bfloat16: what a
-model whose weights are bfloat16 computes, while weights, gradients and moments keep float32.
+Autocast runs matrix products in bfloat16, but the sum that runs through the layers starts from float32 embeddings and
+is multiplied by float32 weights in every norm, so it, and all that is computed and kept from it, stays in float32.
+Here the embeddings are rounded once where they leave their table, and each norm computes in float32 and hands on
+bfloat16: what a model whose weights are bfloat16 computes, while weights, gradients and moments keep float32.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _EPSILONS = ("variance_epsilon", "eps")
 def narrow_stream(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
     """While the block runs, what leaves the embeddings and the norms of `model` has `dtype`; nothing happens for None.
 
-    A norm whose class is not root mean square times weight keeps its own arithmetic, and its result is rounded. Gradients of
-    all weights have the type of the weights.
+    A norm whose class is not root mean square times weight keeps its own arithmetic, and its result is rounded.
+    Gradients of all weights have the type of the weights.
     """
     if dtype is None:
         yield
@@ -74,8 +74,8 @@ def rms_epsilon(module: nn.Module) -> float | None:
     Found by trying: the module's own result for random numbers, with a random weight, is compared with the formula's.
     """
     epsilon = next((value for name in _EPSILONS if isinstance(value := getattr(module, name, None), float)), None)
-    weight = getattr(module, "weight", None)
-    if epsilon is None or not isinstance(weight, Tensor) or weight.dim() != 1 or getattr(module, "bias", None) is not None:
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if epsilon is None or bias is not None or not isinstance(weight, Tensor) or weight.dim() != 1:
         return None
     generator = torch.Generator().manual_seed(0)
     x_ND = torch.randn(4, len(weight), generator=generator).mul_(torch.tensor([1e-2, 1.0, 1.0, 1e2])[:, None])
@@ -90,8 +90,8 @@ def rms_epsilon(module: nn.Module) -> float | None:
 class _RootMeanSquare(torch.autograd.Function):
     """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, computed in float32; keeps x as it came.
 
-    With n = x / r, r = sqrt(mean(x^2) + epsilon) and g the gradient of the result, the gradient of the weight is the sum
-    of g * n over rows, and that of x is (g * weight - n * mean(g * weight * n)) / r.
+    With n = x / r, r = sqrt(mean(x^2) + epsilon) and g the gradient of the result, the gradient of the weight is the
+    sum of g * n over rows, and that of x is (g * weight - n * mean(g * weight * n)) / r.
     """
 
     @staticmethod

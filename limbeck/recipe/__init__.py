@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import (
     Discriminator,
     Field,
+    StrictBool,
     Tag,
     model_validator,
 )
@@ -21,7 +22,16 @@ from pydantic_core import PydanticCustomError
 
 from limbeck.errors import Problem
 from limbeck.ledger.canonical import digest_json
-from limbeck.recipe.parts import WHOLE, NonNegativeFloat, NonNegativeInt, Part, PositiveFloat, PositiveInt, Probability
+from limbeck.recipe.parts import (
+    WHOLE,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Part,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Share,
+)
 from limbeck.recipe.teachers import NO_ENDPOINT as NO_ENDPOINT
 from limbeck.recipe.teachers import AnthropicTeacher as AnthropicTeacher
 from limbeck.recipe.teachers import EndpointTeacher, FileTeacher, LocalTeacher, Teacher, endpoint_problems
@@ -108,6 +118,21 @@ class Budget(Part):
     teacher costs none."""
 
 
+class Batch(Part):
+    """How endpoints are asked through their provider's batch API, at about half the price and within a day."""
+
+    rows: PositiveInt | None = None
+    """Requests in a batch at most; null is what the provider takes: 50,000 at OpenAI, 100,000 at Anthropic."""
+    megabytes: PositiveFloat | None = None
+    """Size of a batch at most, in millions of bytes; null is what the provider takes: 200 at OpenAI, 256 at
+    Anthropic."""
+    poll: PositiveFloat = 60.0
+    """Most seconds between two looks at a batch; the first ones follow sooner."""
+    price_share: Share = 0.5
+    """What a row of a batch costs of the teacher's `price`, or of the standard price where genai-prices lists none for
+    batches."""
+
+
 class Collect(Part):
     """How the teacher is asked."""
 
@@ -129,6 +154,14 @@ class Collect(Part):
     unanswered: Literal["stop", "leave_out"] = "stop"
     """What to do where the cap, an exhausted quota or a failing endpoint leaves prompts without an answer: stop there,
     or go on with the answers there are. Either way a later run asks for the rest."""
+    batch: StrictBool | Batch = False
+    """Ask endpoints through their provider's batch API (OpenAI's and Anthropic's have one); `true`, or with settings. A
+    local teacher is asked as ever."""
+
+    @property
+    def batched(self) -> Batch | None:
+        """How batches are made; None where requests are sent one by one."""
+        return self.batch if isinstance(self.batch, Batch) else Batch() if self.batch else None
 
 
 class Curate(Part):
@@ -252,7 +285,7 @@ class Recipe(Part):
         stays spent.
         """
         values = self.model_dump(mode="json")
-        for key in ("budget", "concurrency", "journal", "unanswered"):
+        for key in ("batch", "budget", "concurrency", "journal", "unanswered"):
             del values["collect"][key]
         return digest_json(values)
 
@@ -276,6 +309,9 @@ class Recipe(Part):
             tuple(source.kind for source in self.prompts),
         )
         problems += endpoint_problems(self.teachers, *kinds)
+        if self.collect.batched is not None and all(isinstance(teacher, LocalTeacher) for teacher in self.teachers):
+            remedy = "remove it; collect.concurrency says how many answers a local teacher writes at a time"
+            problems.append(Problem("collect.batch", "only local teachers", "a teacher behind an endpoint", remedy))
         if self.train.accumulate > self.train.batch_size:
             problems.append(
                 Problem(

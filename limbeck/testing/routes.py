@@ -142,7 +142,8 @@ class Routes:
 
     def _fate(self, path: str, raw: bytes) -> BadBatch | None:
         """What the schedule has in store for a new batch."""
-        fate = self._service.sent.draw(path=path, answers=False, number=len(self.batches.listed("openai")) + 1,
+        provider = "anthropic" if path.startswith("/v1/messages") else "openai"
+        fate = self._service.sent.draw(path=path, answers=False, number=len(self.batches.listed(provider)) + 1,
                                        attempt=1, digest=hashlib.sha256(raw).hexdigest(), raw=raw,
                                        now=self._service.now, batch=True)  # fmt: skip
         return fate if isinstance(fate, BadBatch) else None

@@ -32,8 +32,8 @@ _CHUNK_BYTES = 1 << 26
 _LEAST_CHUNK = 256
 """Below this many positions, adding to the head's gradient costs more than a fifth of the matrix products."""
 _GRANULE = 32
-"""Chunks of many positions are a multiple of it, filled up with zeros: a matrix product whose shape was met before need not
-be prepared anew, which takes as long as the product itself."""
+"""Chunks of many positions are a multiple of it, filled up with zeros: a matrix product whose shape was met before need
+not be prepared anew, which takes as long as the product itself."""
 _BLOCK_NUMBERS = 1 << 20
 _HEAD_SLICE = 4096
 """Rows of the head at a time, where a product is widened to be added, or a sum is scaled and narrowed."""
@@ -116,7 +116,7 @@ class _Job:
         return self.terms[0].signal.vocab_size
 
     def chunk_of(self, n: int) -> int:
-        """Positions with logits at a time: as asked for, or the default evened out over the chunks, in whole granules."""
+        """Positions with logits at a time: as asked for, or the default, evened out and in whole granules."""
         most = self.chunk or max(_LEAST_CHUNK, _CHUNK_BYTES // (self.vocab * self.dtype.itemsize))
         if self.chunk is not None or n == 0:
             return max(1, min(most, n))

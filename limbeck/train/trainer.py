@@ -60,8 +60,8 @@ class DistillationTrainer(Trainer):
         self._since, self._tokens = time.monotonic(), 0
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the library's, with attention that is fast on a CPU, and under bf16 with all that flows between the layers in
-        it. In the backward pass too, which may compute layers again.
+        """As the library's, with attention that is fast on a CPU, and under bf16 with all that flows between the
+        layers in it. In the backward pass too, which may compute layers again.
         """
         model = cast("PreTrainedModel", self.model)
         with fast_attention(model), narrow_stream(inner(model), torch.bfloat16 if self.args.bf16 else None):

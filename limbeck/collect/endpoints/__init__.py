@@ -19,5 +19,14 @@ reasons      why it stopped, in words
 status       what the terminal shows
 asking       opens what is needed, and sends
 account      what it cost and what was wasted
+batch_raw    how an answer that came in a batch lies in the journal
+batch_http   uploads, questions, results line by line
+batch_apis   what differs between the providers' batches
+batch_log    what the journal knows of batches
+batch_calls  asks until there is an answer, and has a batch created once
+batch_results  takes results into the journal
+batch_status what the terminal shows of batches
+batching     plans batches, and carries each to its end
+batch_asking opens what is needed, and has batches made
 stage        what the stage `collect` calls
 """

@@ -21,18 +21,27 @@ _USABLE = frozenset({"stop", "tool_calls"})
 
 @dataclass
 class Account:
-    """Adds up answers as they are written down; `prices` by teacher."""
+    """Adds up answers as they are written down; `prices` by teacher, for requests and for rows of batches."""
 
     prices: Mapping[str, Prices | None]
+    batch_prices: Mapping[str, Prices | None] = field(default_factory=dict)
+    batches: Counter[str] = field(default_factory=Counter)
+    """Answers by the batch in which they came."""
     requests: Counter[str] = field(default_factory=Counter)
     money: Counter[str] = field(default_factory=Counter)
 
-    def add(self, teacher: str, finish_reason: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """Count an answer that cannot be used as it is; one of a teacher without an endpoint costs nothing."""
+    def add(
+        self, teacher: str, finish_reason: str, prompt_tokens: int, completion_tokens: int, batch: str | None = None
+    ) -> None:
+        """Count an answer: what came in a batch, and what cannot be used as it is. One of a teacher without an endpoint
+        costs nothing.
+        """
+        if batch is not None:
+            self.batches[batch] += 1
         if teacher not in self.prices or finish_reason in _USABLE:
             return
         self.requests[finish_reason] += 1
-        if (prices := self.prices[teacher]) is not None:
+        if (prices := (self.batch_prices if batch else self.prices).get(teacher)) is not None:
             self.money[finish_reason] += prices.cost(prompt_tokens, completion_tokens)
 
     def facts(self, outcomes: Mapping[str, Outcomes], cap: float | None) -> dict[str, JsonValue]:
@@ -51,6 +60,13 @@ class Account:
             "money": {
                 "spent_dollars": dollars(sum(one.cost for one in outcomes.values())),
                 "cap_dollars": cap,
+                "batches": len(self.batches),
+                "answers_in_batches": self.batches.total(),
+                "batch_prices": {
+                    name: one.source if one else "unknown" for name, one in sorted(self.batch_prices.items())
+                }
+                if self.batches
+                else {},
                 "prices": {name: one.source if one else "unknown" for name, one in sorted(self.prices.items())},
                 "requests": {name: one.requests for name, one in sorted(outcomes.items())},
                 "wasted": wasted,

@@ -5,8 +5,10 @@ Money is counted in whole picodollars (10**-12 US dollars), so that nothing is r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from decimal import ROUND_CEILING, Decimal
+from fractions import Fraction
 from functools import lru_cache
 from importlib.metadata import version
 from typing import NamedTuple
@@ -37,6 +39,23 @@ def prices_of(settings: recipe.EndpointTeacher) -> Prices | None:
     return _listed(settings.model, settings.base_url)
 
 
+def batch_prices_of(settings: recipe.EndpointTeacher, share: float) -> Prices | None:
+    """What this teacher charges for a row of a batch; None where nobody says.
+
+    What genai-prices lists for batches, or else `share` of the price for a request that is asked alone.
+    """
+    if settings.price is None:
+        listed = _listed(settings.model, settings.base_url, batch=True)
+        if listed is not None:
+            return listed
+    whole, part = prices_of(settings), Fraction(str(share))
+    if whole is None:
+        return None
+    return Prices(
+        f"{whole.source}, {share:g} of it in a batch", lambda read, written: math.ceil(part * whole.cost(read, written))
+    )
+
+
 def dollars(picodollars: int) -> float:
     """US dollars, for people and for the ledger."""
     return picodollars / PICO
@@ -47,7 +66,7 @@ def picodollars(amount: float) -> int:
     return int(Decimal(str(amount)) * PICO)
 
 
-def _listed(model: str, base_url: str) -> Prices | None:
+def _listed(model: str, base_url: str, *, batch: bool = False) -> Prices | None:
     from genai_prices import Usage
     from genai_prices.data_snapshot import get_snapshot
 
@@ -56,10 +75,14 @@ def _listed(model: str, base_url: str) -> Prices | None:
         found.calc_price(Usage(input_tokens=1, output_tokens=1), provider)
     except (LookupError, ValueError):
         return None
+    context = {"processing": "batch"} if batch else None
+    if batch and not any(variant.when == context for variant in found.price_variants or ()):
+        return None
 
     @lru_cache(maxsize=65536)
     def cost(read: int, written: int) -> int:
-        total = found.calc_price(Usage(input_tokens=read, output_tokens=written), provider).total_price
+        usage = Usage(input_tokens=read, output_tokens=written)
+        total = found.calc_price(usage, provider, price_context=context).total_price
         return int((total * PICO).to_integral_value(ROUND_CEILING))
 
-    return Prices(f"genai-prices {version('genai-prices')}: {provider.id}/{found.id}", cost)
+    return Prices(f"genai-prices {version('genai-prices')}: {provider.id}/{found.id}{', batch' if batch else ''}", cost)

@@ -24,9 +24,9 @@ class Reasons:
         """Remember a reason to stop."""
         self.stop = self.stop or why
 
-    def unanswered(self, said: str) -> None:
-        """A request was given up."""
-        self._unanswered[said] += 1
+    def unanswered(self, said: str, requests: int = 1) -> None:
+        """So many requests were given up."""
+        self._unanswered[said] += requests
 
     def result(self) -> Exception | None:
         """Why not everything was answered; None where it was."""

@@ -5,25 +5,25 @@ Imported only where a recipe has one: it needs the extra `collect`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 from limbeck.collect.endpoints.account import Account
 from limbeck.collect.endpoints.asking import Asked, Purpose, ask
+from limbeck.collect.endpoints.batch_asking import Stretches, ask_in_batches
 from limbeck.collect.endpoints.budget import Budget
-from limbeck.collect.endpoints.prices import picodollars, prices_of
+from limbeck.collect.endpoints.prices import batch_prices_of, picodollars, prices_of
 from limbeck.collect.endpoints.teacher import Endpoint
 from limbeck.collect.journal import Journal
-from limbeck.collect.teachers import Request
 from limbeck.errors import EndpointError, Problem
 from limbeck.progress import Line
-from limbeck.recipe import Recipe
+from limbeck.recipe import Batch, Recipe
 from limbeck.records import Digest
 
 
 def ask_endpoint(
     teacher: Endpoint,
-    stretches: Iterator[Sequence[Request]],
+    all_stretches: Stretches,
     recipe: Recipe,
     journal: Journal,
     line: Line,
@@ -31,29 +31,43 @@ def ask_endpoint(
     account: Digest,
     offline: bool,
 ) -> Asked:
-    """Have an endpoint answer what the journal lacks; offline, only say how much that is."""
+    """Have an endpoint answer what the journal lacks; offline, only say how much that is.
+
+    `all_stretches` gives what is lacking then, anew with each call. Batches of earlier runs are taken up first, so that
+    nothing is asked for a second time while a provider works on it.
+    """
     if offline:
-        lacking = sum(len(stretch) for stretch in stretches)
+        lacking = sum(len(stretch) for stretch in all_stretches(line))
         return Asked(0, 0, _offline(teacher, journal, lacking) if lacking else None)
+    cap = recipe.collect.budget.money
+    settings = recipe.collect.batched
+
+    def purpose() -> Purpose:
+        spent = sum(one.cost for one in journal.outcomes(account).values())
+        budget = Budget(None if cap is None else picodollars(cap), spent)
+        good = len(journal) > 0
+        return Purpose(journal.path, account, journal.next_number, budget, recipe.collect.concurrency, good)
+
+    if settings is not None:
+        return ask_in_batches(teacher, all_stretches, settings, purpose(), line)
+    before = ask_in_batches(teacher, None, Batch(), purpose(), line)
+    if before.stopped is not None:
+        return before
+    stretches = all_stretches(line)
     first = next(stretches, None)
     if first is None:  # neither a key nor a connection is needed
-        return Asked(0, 0, None)
-    cap = recipe.collect.budget.money
-    spent = sum(one.cost for one in journal.outcomes(account).values())
-    purpose = Purpose(
-        journal=journal.path,
-        account=account,
-        number=journal.next_number,
-        budget=Budget(None if cap is None else picodollars(cap), spent),
-        concurrency=recipe.collect.concurrency,
-        known_good=len(journal) > 0,
+        return before
+    asked = ask(teacher, chain([first], stretches), purpose(), line)
+    return asked._replace(answers=asked.answers + before.answers, tokens=asked.tokens + before.tokens)
+
+
+def open_account(teachers: Sequence[Endpoint], batch: Batch | None) -> Account:
+    """An account of what these teachers charge, for requests and for rows of batches."""
+    share = (batch or Batch()).price_share
+    return Account(
+        {teacher.identity.name: prices_of(teacher.settings) for teacher in teachers},
+        {teacher.identity.name: batch_prices_of(teacher.settings, share) for teacher in teachers},
     )
-    return ask(teacher, chain([first], stretches), purpose, line)
-
-
-def open_account(teachers: Sequence[Endpoint]) -> Account:
-    """An account of what these teachers charge."""
-    return Account({teacher.identity.name: prices_of(teacher.settings) for teacher in teachers})
 
 
 def _offline(teacher: Endpoint, journal: Journal, lacking: int) -> EndpointError:

@@ -10,6 +10,7 @@ from pydantic import JsonValue
 
 from limbeck import recipe
 from limbeck.collect.endpoints.anthropic import AnthropicMessages
+from limbeck.collect.endpoints.batch_raw import batch_of, unwrapped
 from limbeck.collect.endpoints.dialects import Dialect
 from limbeck.collect.endpoints.openai_chat import OpenAIChat
 from limbeck.collect.endpoints.openai_responses import OpenAIResponses
@@ -123,12 +124,16 @@ class Endpoint:
 
     def parse(self, request: Request, raw: bytes) -> Parsed:
         """Text and counts of a raw answer, whatever it is; where it names no model, the one that was asked for."""
-        parsed = self.dialect.read(raw).parsed
+        parsed = self.dialect.read(unwrapped(raw)).parsed
         return parsed if parsed.model else parsed._replace(model=self.settings.model)
 
     def usage(self, raw: bytes) -> Usage | None:
         """What the provider counted; None where it did not say."""
-        return self.dialect.read(raw).usage
+        return self.dialect.read(unwrapped(raw)).usage
+
+    def batch(self, raw: bytes) -> str | None:
+        """The provider's id of the batch in which an answer came; None where it was asked for alone."""
+        return batch_of(raw)
 
     def wire(self, request: Request) -> bytes:
         """The bytes that are sent."""

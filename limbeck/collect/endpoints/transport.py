@@ -46,7 +46,7 @@ class Transport:
         self._address, self._connections = address, connections
         self._headers = {"Content-Type": "application/json", "Accept": "application/json", **headers}
         self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=_CONNECT)
-        self._proxy = _proxy(address)
+        self._proxy = proxy_of(address)
 
     async def __aenter__(self) -> Transport:
         self._session = aiohttp.ClientSession(
@@ -82,7 +82,7 @@ class Transport:
             raise NoReplyError("cut") from error
 
 
-def _proxy(address: str) -> str | None:
+def proxy_of(address: str) -> str | None:
     """The proxy that the environment names for this address, asked once: aiohttp would ask for every request, and read
     ~/.netrc too.
     """
