@@ -230,18 +230,24 @@ class Journal:
         """The answer to a request. Raises `KeyError` where there is none, `InputError` where its bytes are
         damaged.
         """
+        return self.get_all([key])[key]
+
+    def get_all(self, keys: Sequence[Digest]) -> dict[Digest, Journaled]:
+        """The answers to those of the requests that have one; at most a few hundred keys. Raises `InputError` where
+        bytes are damaged.
+        """
+        marks = ", ".join("?" * len(keys))
         with self._telling():
-            row = self._db.execute(
-                "SELECT request, raw, response, created FROM answers WHERE key = ?", (key,)
-            ).fetchone()
-        if row is None:
-            raise KeyError(key)
+            rows = self._db.execute(f"SELECT {_COLUMNS} FROM answers WHERE key IN ({marks})", keys).fetchall()
+        return {row[0]: self._checked(*row) for row in rows}
+
+    def _checked(self, key: Digest, request: bytes, raw: bytes, response: Digest, created: str) -> Journaled:
         found = Journaled(
-            key, self._unpack(key, row[0]), self._unpack(key, row[1]), row[2], datetime.fromisoformat(row[3])
+            key, self._unpack(key, request), self._unpack(key, raw), response, datetime.fromisoformat(created)
         )
-        for name, want, have in (("request", key, found.request), ("answer", found.response, found.raw)):
-            if digest_bytes(have) != want:
-                raise self._damaged(f"the {name} of {key} has digest {digest_bytes(have)}", f"digest {want}")
+        for name, want, have in (("request", key, found.request), ("answer", response, found.raw)):
+            if (digest := digest_bytes(have)) != want:
+                raise self._damaged(f"the {name} of {key} has digest {digest}", f"digest {want}")
         return found
 
     def missing(self, keys: Iterable[Digest]) -> list[Digest]:
