@@ -2,8 +2,7 @@
 
 It answers every POST after 50 ms with the same 1.7 kB chat completion, and does nothing else: what is measured against
 it is the client. It reads requests no further than their length, which is enough for clients that send one at a time
-over a connection. On one core of its own it bears several times what any of the clients asks
-(`python benchmarks/collecting.py --ceiling` measures how much).
+over a connection. benchmarks/collecting.py says how busy its core was.
 """
 
 from __future__ import annotations
@@ -46,10 +45,12 @@ class Answering(asyncio.Protocol):
         self._read, self._wanted = b"", 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
         self._read += data
         if not self._wanted:
             end = self._read.find(b"\r\n\r\n")
