@@ -1,12 +1,13 @@
 """Answers a second from one endpoint: a bare aiohttp loop, limbeck's stage `collect`, and others, beside each other.
 
     python benchmarks/collecting.py --connections 100 --requests 6000
-    python benchmarks/collecting.py --connections 500 --requests 20000 --peers
+    python benchmarks/collecting.py --connections 500 --requests 20000 --peer-rounds 0
 
 The server (benchmarks/answering.py) has one core, each client the others: on two cores, a client has one. Every run is
 a process of its own, and they take turns. The bare loop sends the same bytes as limbeck and reads the answers as JSON.
 Of `collect` there are two figures: until every answer is journaled, and until completions.parquet is there too. Peers
-are asked `--share` of the requests, because they take long; benchmarks/peers/environment.py makes what they live in.
+are asked fewer requests and in fewer rounds, because they take long; benchmarks/peers/environment.py makes what they
+live in.
 """
 
 from __future__ import annotations
@@ -46,13 +47,14 @@ class Pace(NamedTuple):
 
 
 PEERS = {
-    "openai_httpx": ("openai 2.30, httpx", "curator"),
-    "openai_httpx 3": ("openai 3.57, httpx2", "distilabel"),
-    "openai_aiohttp": ("openai 3.57, aiohttp", "distilabel"),
-    "curator": ("Bespoke Curator 0.1.31", "curator"),
-    "distilabel": ("distilabel 1.5.3", "distilabel"),
+    "openai_httpx": ("openai 2.30, httpx", "curator", 300),
+    "openai_httpx 3": ("openai 3.57, httpx2", "distilabel", 2000),
+    "openai_aiohttp": ("openai 3.57, aiohttp", "distilabel", 2000),
+    "curator": ("Bespoke Curator 0.1.31", "curator", 2000),
+    "distilabel": ("distilabel 1.5.3", "distilabel", 2000),
 }
-"""What they are called, and which environment they live in."""
+"""What they are called, which environment they live in, and how many requests they are asked, or as many as there are
+connections."""
 
 
 def main() -> None:
@@ -60,8 +62,7 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=100)
     parser.add_argument("--requests", type=int, default=6000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peers", action="store_true", help="the others too")
-    parser.add_argument("--share", type=float, default=0.2, help="of the requests that a peer is asked")
+    parser.add_argument("--peer-rounds", type=int, default=1, help="rounds in which the others are asked too")
     parser.add_argument("--as", dest="role", choices=["bare", "collect"], help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -81,10 +82,10 @@ def _compare(given: argparse.Namespace) -> None:
             name: [*ours, "--requests", str(given.requests), "--as", role]
             for name, role in (("bare aiohttp", "bare"), ("limbeck collect", "collect"))
         }
-        commands |= _peers(url, given) if given.peers else {}
-        found: dict[str, list[Pace]] = {name: [] for name in commands}
-        for _ in range(given.rounds):
-            for name, command in commands.items():
+        peers = _peers(url, given.connections) if given.peer_rounds else {}
+        found: dict[str, list[Pace]] = {name: [] for name in [*commands, *peers]}
+        for number in range(given.rounds):
+            for name, command in (commands | peers if number < given.peer_rounds else commands).items():
                 busy, wall = _processor(server), time.perf_counter()
                 pace = _run(command)
                 load = (_processor(server) - busy) / pace.seconds
@@ -95,7 +96,7 @@ def _compare(given: argparse.Namespace) -> None:
 
 def _tell(found: dict[str, list[Pace]], given: argparse.Namespace) -> None:
     """Medians over the rounds, as a table; ratios are medians of each round's ratio to the bare loop beside it."""
-    print(f"\n{given.connections} connections, medians of {given.rounds}")
+    print(f"\n{given.connections} connections, medians of {given.rounds} rounds, {given.peer_rounds} of the others")
     print("\n| | answers a second | of the bare loop | processor ms an answer | MiB |\n|---|---|---|---|---|")
     bare = [pace.answers / pace.seconds for pace in found["bare aiohttp"]]
     for name, paces in found.items():
@@ -103,7 +104,7 @@ def _tell(found: dict[str, list[Pace]], given: argparse.Namespace) -> None:
         if paces[0].journaled:
             rows.insert(0, (f"{name}, journaled", [p.answers / p.journaled for p in paces if p.journaled]))
         for label, rates in rows:
-            share = statistics.median(rate / base for rate, base in zip(rates, bare, strict=True))
+            share = statistics.median(rate / base for rate, base in zip(rates, bare, strict=False))
             spent = statistics.median(1000 * pace.processor / pace.answers for pace in paces)
             memory = statistics.median(pace.memory for pace in paces)
             print(f"| {label} | {statistics.median(rates):,.0f} | {share:.2f} | {spent:.2f} | {memory:.0f} |")
@@ -120,15 +121,15 @@ def _server(core: int) -> Iterator[tuple[str, int]]:
             server.kill()
 
 
-def _peers(url: str, given: argparse.Namespace) -> dict[str, list[str]]:
+def _peers(url: str, connections: int) -> dict[str, list[str]]:
     sys.path.insert(0, str(HERE / "peers"))
     from environment import make  # type: ignore[import-not-found]
 
     commands = {}
-    for key, (name, environment) in PEERS.items():
-        asked = max(given.connections, int(given.requests * given.share))
+    for key, (name, environment, asked) in PEERS.items():
         script = [str(HERE / "peers" / "collecting_peers.py"), key.partition(" ")[0], url]
-        commands[name] = [str(make(environment)), "-W", "ignore", *script, str(given.connections), str(asked)]
+        python = [str(make(environment)), "-W", "ignore"]
+        commands[name] = [*python, *script, str(connections), str(max(connections, asked))]
     return commands
 
 

@@ -49,7 +49,7 @@ class Transport:
     """Connections to one address. An async context manager.
 
     aiohttp opens the connections, writes the head once and parses what comes back; of the rest of what its session does
-    for a request (redirects, cookies, uploads, tracing) nothing is wanted here, and it takes half of the processor's
+    for a request (redirects, cookies, uploads, tracing) nothing is wanted here, and it took a third of the processor's
     time. Through a proxy the session is used as it is.
     """
 
