@@ -82,7 +82,7 @@ class Sender:
         self._more = True
         self._again: list[tuple[float, int, Job]] = []
         self._busy = self._lag = 0
-        self._changed = asyncio.Event()
+        self._changed, self._room = asyncio.Event(), asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
         self._flying: set[asyncio.Task[None]] = set()
         self._good = known_good
@@ -267,15 +267,15 @@ class Sender:
     async def _keep(self, ended: Ended, answer: Answer) -> None:
         """Journal an answer. Nobody waits for the disk unless too much is on its way there."""
         self._lag += 1
-        if self._lag <= _LAG:
-            self._writer.note(ended, answer, self._kept)
-            return
-        done = self._writer.end(ended, answer)
-        await asyncio.wait([done])
-        self._kept(done.exception())
+        self._writer.note(ended, answer, self._kept)
+        if self._lag > _LAG:
+            self._room.clear()
+            await self._room.wait()
 
     def _kept(self, error: Exception | None) -> None:
         self._lag -= 1
+        if self._lag <= _LAG:
+            self._room.set()
         if error is not None:
             self.stop(self.reasons.journal(error))
         else:
