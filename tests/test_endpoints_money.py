@@ -105,8 +105,8 @@ def test_the_bill_never_passes_the_cap(
         for _ in range(2):
             try:
                 facts, rows = ask(recipe, root / "run")
-            except RefusedError:  # not even one fits
-                assert server.bill.requests == 0
+            except RefusedError:  # not even one fits, or what was billed was lost on its way
+                assert bad or server.bill.requests == 0
                 continue
             assert facts["money"]["spent_dollars"] <= cap
             assert Decimal(str(facts["money"]["spent_dollars"])) >= server.bill.money - Decimal("1e-12")

@@ -39,3 +39,12 @@ def test_limits_of_the_recipe_keep_refusals_away(tmp_path: Path):
         ask(recipe, tmp_path / "run")
         assert 1.3 < time.monotonic() - began < 4
         assert server.bill.outcomes["429"] == 0
+
+
+def test_nothing_stands_still_when_more_is_on_its_way_to_the_disk_than_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("limbeck.collect.endpoints.sending._LAG", 0)
+    with Server(Settings(words=5)) as server:
+        _, rows = ask(made(server.url, file_of(tmp_path, 40), concurrency=8), tmp_path / "run")
+        assert len({c.prompt_id for c in rows}) == server.bill.requests == 40

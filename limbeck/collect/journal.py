@@ -232,21 +232,22 @@ class Journal:
         return copied
 
     def get(self, key: Digest) -> Journaled:
-        """The answer to a request. Raises `KeyError` where there is none, `InputError` where its bytes are
-        damaged.
-        """
+        """The answer to a request. Raises `KeyError` where there is none, `InputError` where its bytes are damaged."""
+        return self.get_all([key])[key]
+
+    def get_all(self, keys: Sequence[Digest]) -> dict[Digest, Journaled]:
+        """The answers to those of a few hundred requests that have one. Raises `InputError` where one is damaged."""
+        marks = ", ".join("?" * len(keys))
         with self._telling():
-            row = self._db.execute(
-                "SELECT request, raw, response, created FROM answers WHERE key = ?", (key,)
-            ).fetchone()
-        if row is None:
-            raise KeyError(key)
-        found = Journaled(
-            key, self._unpack(key, row[0]), self._unpack(key, row[1]), row[2], datetime.fromisoformat(row[3])
-        )
-        for name, want, have in (("request", key, found.request), ("answer", found.response, found.raw)):
-            if digest_bytes(have) != want:
-                raise self._damaged(f"the {name} of {key} has digest {digest_bytes(have)}", f"digest {want}")
+            rows = self._db.execute(f"SELECT {_COLUMNS} FROM answers WHERE key IN ({marks})", keys).fetchall()
+        return {row[0]: self._checked(*row) for row in rows}
+
+    def _checked(self, key: Digest, request: bytes, raw: bytes, response: Digest, created: str) -> Journaled:
+        when = datetime.fromisoformat(created)
+        found = Journaled(key, self._unpack(key, request), self._unpack(key, raw), response, when)
+        for name, want, have in (("request", key, found.request), ("answer", response, found.raw)):
+            if (digest := digest_bytes(have)) != want:
+                raise self._damaged(f"the {name} of {key} has digest {digest}", f"digest {want}")
         return found
 
     def missing(self, keys: Iterable[Digest]) -> list[Digest]:
@@ -309,9 +310,8 @@ class Journal:
         try:
             return self._unpack_zstd(packed) if packed.startswith(zstandard.FRAME_HEADER) else zlib.decompress(packed)
         except (zlib.error, zstandard.ZstdError) as error:
-            raise self._damaged(
-                f"what lies under {key} does not unpack ({error})", "bytes as they were written"
-            ) from None
+            found = f"what lies under {key} does not unpack ({error})"
+            raise self._damaged(found, "bytes as they were written") from None
 
     @contextmanager
     def _telling(self) -> Iterator[None]:

@@ -11,6 +11,8 @@ import os
 import queue
 import sqlite3
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from limbeck.collect.journal import Ended, Journal, Sent
@@ -18,14 +20,15 @@ from limbeck.collect.teachers import Answer
 from limbeck.errors import InputError
 
 _GROUP = 512
-"""Entries of a commit at most."""
+"""Entries from which on a commit waits for no more."""
 
 
 class _Entry(NamedTuple):
     sent: Sent | None
     answer: Answer | None
     ended: Ended | None
-    done: asyncio.Future[None] | None
+    done: Callable[[Exception | None], None]
+    """Called in the event loop when it is on the disk, or with why it is not."""
 
 
 class Writer:
@@ -38,7 +41,9 @@ class Writer:
 
     def __init__(self, path: str | os.PathLike[str]):
         self._path, self._loop = path, asyncio.get_running_loop()
-        self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[_Entry] | None] = queue.SimpleQueue()
+        self._new: list[_Entry] = []
+        """What came in this turn of the event loop: handed over together, for each waking of the thread costs both."""
         self._thread = threading.Thread(target=self._work, name="limbeck-journal", daemon=True)
         self._failed: Exception | None = None
 
@@ -47,6 +52,7 @@ class Writer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._hand_over()
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
         if self._failed is not None:
@@ -57,14 +63,28 @@ class Writer:
         if self._failed is not None:
             raise self._failed
         done: asyncio.Future[None] = self._loop.create_future()
-        self._queue.put(_Entry(sent, None, None, done))
+        self._put(_Entry(sent, None, None, partial(_resolve, done)))
         await done
 
     def end(self, ended: Ended, answer: Answer | None) -> asyncio.Future[None]:
         """Note what became of a request; the future is done when it is on the disk."""
         done: asyncio.Future[None] = self._loop.create_future()
-        self._queue.put(_Entry(None, answer, ended, done))
+        self.note(ended, answer, partial(_resolve, done))
         return done
+
+    def note(self, ended: Ended, answer: Answer | None, done: Callable[[Exception | None], None]) -> None:
+        """The same as `end`; `done` is called when it is on the disk, or with the error for which it is not."""
+        self._put(_Entry(None, answer, ended, done))
+
+    def _put(self, entry: _Entry) -> None:
+        if not self._new:
+            self._loop.call_soon(self._hand_over)
+        self._new.append(entry)
+
+    def _hand_over(self) -> None:
+        if self._new:
+            self._queue.put(self._new)
+            self._new = []
 
     def _work(self) -> None:
         error: Exception | None = RuntimeError("the journal's writer ended early")
@@ -81,9 +101,7 @@ class Writer:
     def _write(self, journal: Journal) -> None:
         last = False
         while not last:
-            group = self._gather()
-            last = group[-1] is None
-            entries = [entry for entry in group if entry is not None]
+            entries, last = self._gather()
             try:
                 journal.put_traffic(
                     [e.sent for e in entries if e.sent],
@@ -97,35 +115,40 @@ class Writer:
                 raise
             self._tell(entries, None)
 
-    def _gather(self) -> list[_Entry | None]:
-        """What is there, at least one entry; None, the last, says that no more will come."""
-        group = [self._queue.get()]
-        while len(group) < _GROUP and group[-1] is not None:
-            try:
-                group.append(self._queue.get_nowait())
-            except queue.Empty:
-                break
-        return group
+    def _gather(self) -> tuple[list[_Entry], bool]:
+        """What is there, at least something, and whether it is the last."""
+        group: list[_Entry] = []
+        try:
+            more = self._queue.get()
+            while more is not None:
+                group += more
+                if len(group) >= _GROUP:
+                    return group, False
+                more = self._queue.get_nowait()
+        except queue.Empty:
+            return group, False
+        return group, True
 
     def _fail(self, error: Exception) -> None:
         """Answer everything that is, and will be, waiting with this error."""
         self._failed = error
-        while True:
-            entry = self._queue.get()
-            if entry is None:
-                return
-            self._tell([entry], error)
+        while (entries := self._queue.get()) is not None:
+            self._tell(entries, error)
 
     def _tell(self, entries: list[_Entry], error: Exception | None) -> None:
-        waiting = [entry.done for entry in entries if entry.done is not None]
-        self._loop.call_soon_threadsafe(_resolve, waiting, error)
+        if entries:
+            self._loop.call_soon_threadsafe(_tell_all, entries, error)
 
 
-def _resolve(waiting: list[asyncio.Future[None]], error: Exception | None) -> None:
-    for done in waiting:
-        if done.done():
-            continue
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)
+def _tell_all(entries: list[_Entry], error: Exception | None) -> None:
+    for entry in entries:
+        entry.done(error)
+
+
+def _resolve(done: asyncio.Future[None], error: Exception | None) -> None:
+    if done.done():
+        return
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)

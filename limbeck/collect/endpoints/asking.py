@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -24,8 +26,12 @@ from limbeck.records import Digest
 
 T = TypeVar("T")
 
-_SPARE = 32
-"""Requests that are made ready while as many as may be are under way."""
+_SPARE, _SPARE_SHARE = 32, 4
+"""Requests that are made ready while as many as may be are under way: so many, or one in so many of those where that is
+more. While they wait for the disk, others are answered."""
+_SWITCH = 0.0005
+"""Seconds after which Python lets the journal's thread run beside the event loop. With its own 5 ms, each of the few
+statements of a commit waits so long on a busy loop, and requests wait for the commit."""
 
 
 class Asked(NamedTuple):
@@ -90,8 +96,20 @@ async def _ask(
             status=status,
             known_good=purpose.known_good,
         )
-        stopped = await sender.run(purpose.concurrency + min(purpose.concurrency, _SPARE))
+        spare = min(purpose.concurrency, max(_SPARE, purpose.concurrency // _SPARE_SHARE))
+        with _quick_to_switch():
+            stopped = await sender.run(purpose.concurrency + spare)
     return Asked(status.answers, status.tokens, stopped, isinstance(stopped, Fatal))
+
+
+@contextmanager
+def _quick_to_switch() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, _SWITCH))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def run_loop(work: Coroutine[object, object, T]) -> T:

@@ -82,7 +82,7 @@ class Sender:
         self._more = True
         self._again: list[tuple[float, int, Job]] = []
         self._busy = self._lag = 0
-        self._changed = asyncio.Event()
+        self._changed, self._room = asyncio.Event(), asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
         self._flying: set[asyncio.Task[None]] = set()
         self._good = known_good
@@ -204,7 +204,7 @@ class Sender:
     def _not_sent(self, number: int, held: int) -> None:
         """A request that was about to leave did not."""
         self._purse.settle(held, 0)
-        self._writer.end(Ended(number, "not sent", 0), None).add_done_callback(_looked_at)
+        self._writer.note(Ended(number, "not sent", 0), None, _looked_at)
 
     def _no_reply(self, job: Job, number: int, held: int, started: float, error: NoReplyError) -> None:
         cost = held if error.maybe_billed else 0
@@ -266,15 +266,17 @@ class Sender:
 
     async def _keep(self, ended: Ended, answer: Answer) -> None:
         """Journal an answer. Nobody waits for the disk unless too much is on its way there."""
-        done = self._writer.end(ended, answer)
         self._lag += 1
-        done.add_done_callback(self._kept)
+        self._writer.note(ended, answer, self._kept)
         if self._lag > _LAG:
-            await asyncio.wait([done])
+            self._room.clear()
+            await self._room.wait()
 
-    def _kept(self, done: asyncio.Future[None]) -> None:
+    def _kept(self, error: Exception | None) -> None:
         self._lag -= 1
-        if (error := done.exception()) is not None:
+        if self._lag <= _LAG:
+            self._room.set()
+        if error is not None:
             self.stop(self.reasons.journal(error))
         else:
             self.status.answered(self._purse.budget.spent)
@@ -283,7 +285,7 @@ class Sender:
         """A request came to nothing; what it may have cost is spent."""
         self._purse.settle(held, cost)
         self.status.failed(outcome)
-        self._writer.end(Ended(number, outcome, cost), None).add_done_callback(_looked_at)
+        self._writer.note(Ended(number, outcome, cost), None, _looked_at)
 
     def _mind(self, reply: Reply, job: Job) -> None:
         """Go no faster than a quota fills that is nearly used up."""
@@ -305,6 +307,5 @@ class Sender:
         return asyncio.get_running_loop().time()
 
 
-def _looked_at(done: asyncio.Future[None]) -> None:
+def _looked_at(_: Exception | None) -> None:
     """A journal that fails says so to whoever sends next."""
-    done.exception()
