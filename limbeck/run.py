@@ -64,7 +64,7 @@ STAGES = (
         ("prompts.parquet", "completions.parquet", "verdicts.parquet", "examples"),
         ("leaves.parquet",),
     ),
-    Stage("annotate", "limbeck.signal.annotate:annotate", ("examples",), ("signals",)),
+    Stage("annotate", "limbeck.signal.annotate:annotate", ("examples", "completions.parquet"), ("signals",)),
     Stage("student", "limbeck.student.begin:begin", ("examples",), ("beginning",), signs="training-intended"),
     Stage(
         "train",

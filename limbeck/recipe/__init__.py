@@ -13,7 +13,9 @@ from typing import Annotated, Literal
 from pydantic import (
     Discriminator,
     Field,
+    JsonValue,
     Tag,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -103,6 +105,11 @@ class Budget(Part):
     teacher costs none."""
 
 
+_FILE_OR_LIST: dict[str, JsonValue] = {"anyOf": [{"type": "array", "items": {"type": "object"}}, {"type": "string"}]}
+_FILE_OR_OBJECT: dict[str, JsonValue] = {"anyOf": [{"type": "object"}, {"type": "string"}]}
+"""What editors are told: a file's name is allowed where a recipe is read, and is gone once it is resolved."""
+
+
 class Collect(Part):
     """How the teacher is asked."""
 
@@ -117,6 +124,14 @@ class Collect(Part):
     concurrency: PositiveInt = 96
     """Answers written at the same time: sequences in a batch for a local teacher, at most so many requests for an
     endpoint."""
+    tools: Annotated[tuple[dict[str, JsonValue], ...], WithJsonSchema(_FILE_OR_LIST)] | None = None
+    """Functions that the teacher may call, in OpenAI's form, or a JSON file of them; prompts may have their own.
+    Endpoints only."""
+    json_schema: Annotated[dict[str, JsonValue], WithJsonSchema(_FILE_OR_OBJECT)] | None = None
+    """JSON Schema that answers have to fit, or a file of it; rows of prompts may have their own. Endpoints only."""
+    logprobs: PositiveInt | None = None
+    """Log-probabilities to ask for with each token of an answer: the most likely so many. OpenAI gives at most 20, vLLM
+    its `--max-logprobs`; Anthropic gives none."""
     budget: Budget = Budget()
     """What collecting may cost."""
     journal: str | None = None
@@ -124,6 +139,19 @@ class Collect(Part):
     unanswered: Literal["stop", "leave_out"] = "stop"
     """What to do where the cap, an exhausted quota or a failing endpoint leaves prompts without an answer: stop there,
     or go on with the answers there are. Either way a later run asks for the rest."""
+
+
+def asking_problems(teachers: tuple[LocalTeacher | EndpointTeacher, ...], collect: Collect) -> list[Problem]:
+    """What is to be asked of teachers that cannot be asked it."""
+    problems = []
+    for key in ("tools", "json_schema", "logprobs"):
+        able = ("openai",) if key == "logprobs" else ("openai", "anthropic")
+        if getattr(collect, key) is None or not (others := [t.name for t in teachers if t.kind not in able]):
+            continue
+        found, expected = f"asked of {', '.join(others)}", f"teachers of kind {' or '.join(able)}"
+        remedy = "leave the key out, or those teachers; a local teacher is better asked with signal: {kind: sampled}"
+        problems.append(Problem(f"collect.{key}", found, expected, remedy))
+    return problems
 
 
 class Curate(Part):
@@ -262,13 +290,14 @@ class Recipe(Part):
                     "remove it, or use collect.samples for more answers",
                 )
             )
-        served = self.signal.kind == "top_k" and self.signal.server is not None
+        served = self.signal.kind == "top_k" and (self.signal.server is not None or self.signal.source == "answers")
         kinds = (
             self.student.kind,
             "served" if served else self.signal.kind,
             tuple(source.kind for source in self.prompts),
         )
         problems += endpoint_problems(self.teachers, *kinds)
+        problems += asking_problems(self.teachers, self.collect)
         if self.train.accumulate > self.train.batch_size:
             problems.append(
                 Problem(
