@@ -24,6 +24,8 @@ from limbeck.records import Digest
 
 T = TypeVar("T")
 
+_TICK = 1.0
+"""Seconds."""
 _SPARE = 32
 """Requests that are made ready while as many as may be are under way."""
 
@@ -90,8 +92,19 @@ async def _ask(
             status=status,
             known_good=purpose.known_good,
         )
-        stopped = await sender.run(purpose.concurrency + min(purpose.concurrency, _SPARE))
+        ticking = asyncio.create_task(_tick(status))
+        try:
+            stopped = await sender.run(purpose.concurrency + min(purpose.concurrency, _SPARE))
+        finally:
+            ticking.cancel()
     return Asked(status.answers, status.tokens, stopped, isinstance(stopped, Fatal))
+
+
+async def _tick(status: Status) -> None:
+    """Say where things stand also while nothing comes back."""
+    while True:
+        await asyncio.sleep(_TICK)
+        status.tell()
 
 
 def run_loop(work: Coroutine[object, object, T]) -> T:
