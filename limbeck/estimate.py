@@ -129,7 +129,7 @@ def _prompts(recipe: Recipe) -> Iterator[Prompt]:
                 continue
             seen.add(row.id)
             where = {"source": source.path, "licence": source.licence}
-            yield Prompt(id=row.id, messages=row.messages, split=Split.TRAIN, **where)
+            yield Prompt(id=row.id, messages=row.messages, split=Split.TRAIN, **where, **row.wanted._asdict())
 
 
 def _chosen(recipe: Recipe, pilot: int) -> list[Prompt]:

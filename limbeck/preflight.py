@@ -69,6 +69,7 @@ def preflight(recipe: Recipe, *, answered: bool = False) -> dict[str, Digest]:
         refuse_before(recipe)
     _check_learning(recipe, errors)
     _check_server(recipe, errors)
+    _check_told(recipe, errors)
     digests |= _check_models(recipe, errors)
     _raise(errors)
     return digests
@@ -145,6 +146,10 @@ def _check_terms(recipe: Recipe, errors: list[InputError]) -> None:
             key = f"teacher.{index}.terms" if isinstance(recipe.teacher, tuple) else "teacher.terms"
             with _noting(errors, key):
                 find(teacher.terms)
+    server = recipe.signal.server if recipe.signal.kind == "top_k" else None
+    if server is not None and server.terms not in (OWN_MODEL, UNKNOWN):
+        with _noting(errors, "signal.server.terms"):
+            find(server.terms)
 
 
 def _check_references(recipe: Recipe, errors: list[InputError]) -> None:
@@ -298,6 +303,30 @@ def _check_server(recipe: Recipe, errors: list[InputError]) -> None:
         problems.append(Problem(where, found, expected, "name one teacher"))
     if problems:
         errors.append(RecipeError("the server cannot say what the student is to learn from", problems))
+
+
+def _check_told(recipe: Recipe, errors: list[InputError]) -> None:
+    """Whether the answers will say what the student is to learn from."""
+    signal, problems = recipe.signal, []
+    if signal.kind != "top_k" or signal.source != "answers":
+        return
+    asked = recipe.collect.logprobs
+    if asked is None or asked < signal.k:
+        remedy = f"set collect.logprobs: {signal.k}, or lower signal.k"
+        problems.append(Problem("collect.logprobs", str(asked), f"at least signal.k, {signal.k}", remedy))
+    if signal.k < 2:
+        problems.append(Problem("signal.k", "1", "at least 2 with source: answers", "raise it"))
+    if signal.server is not None:
+        remedy = "remove signal.server, or source: answers"
+        problems.append(Problem("signal.server", "a server, with source: answers", "one of them", remedy))
+    if recipe.train.temperature != 1:
+        found, expected = (
+            f"{recipe.train.temperature:g} with source: answers",
+            "1: without the tail nothing is softened",
+        )
+        problems.append(Problem("train.temperature", found, expected, "set train.temperature: 1"))
+    if problems:
+        errors.append(RecipeError("the answers cannot say what the student is to learn from", problems))
 
 
 def _narrow(ref: str, width: int, tokens: int) -> ModelError:

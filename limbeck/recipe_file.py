@@ -51,6 +51,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     file = Path(path)
     root, data = _read(file)
     written = _Written(file, root, _override(data, overrides))
+    _read_files(data, written)
     recipe = _check(data, written)
     resolved = _absolute_paths(recipe, file.absolute().parent)
     # Checked again because two ways to write one path may turn out to be the same teacher.
@@ -204,6 +205,25 @@ def _put(data: dict[str, Any], names: Sequence[str], value: object) -> Keys | Pr
 
 
 # Paths
+
+
+def _read_files(data: dict[str, Any], written: _Written) -> None:
+    """Put in the recipe what stands in files of their own, so that it is evidence as a whole."""
+    collect = data.get("collect")
+    wrong = []
+    for key in ("tools", "json_schema"):
+        if not isinstance(collect, dict) or not isinstance(name := collect.get(key), str):
+            continue
+        place = _absolute(name, written.path.absolute().parent)
+        try:
+            collect[key] = json.loads(Path(place).read_text(encoding="utf-8"))
+        except OSError as error:
+            told = error.strerror or str(error)
+            wrong.append(Problem(written.where(("collect", key)), f"{name}: {told}", "a JSON file", "check the path"))
+        except (ValueError, RecursionError) as error:
+            wrong.append(Problem(written.where(("collect", key)), f"{name}: {error}", "a JSON file", "correct it"))
+    if wrong:
+        raise RecipeError("files that the recipe names cannot be read", wrong)
 
 
 def _absolute_paths(recipe: Recipe, base: Path) -> dict[str, Any]:

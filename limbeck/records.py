@@ -9,12 +9,21 @@ in `limbeck.signal`) is a frozen dataclass that can be derived again.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+)
 
 from limbeck.ledger.canonical import digest_json
 
@@ -37,11 +46,63 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Tool(_Record):
+    """A function that a teacher may call."""
+
+    name: str
+    description: str | None = None
+    parameters: JsonValue = Field(default={"type": "object", "properties": {}})
+    """JSON Schema of its arguments."""
+
+
+class ToolCall(_Record):
+    """A function that an assistant called."""
+
+    name: str
+    arguments: str
+    """As they were given: JSON text, or what was meant to be."""
+    id: str | None = None
+    """By which a result refers to it."""
+
+    def values(self) -> dict[str, JsonValue]:
+        """The arguments as an object. Raises `ValueError` where they are none."""
+        found = json.loads(self.arguments or "{}")
+        if not isinstance(found, dict):
+            raise ValueError(f"arguments that are no object: {self.arguments[:80]}")
+        return found
+
+
+class Part(_Record):
+    """A piece of a message that is more than text: text, or an image."""
+
+    text: str | None = None
+    image: str | None = None
+    """A `data:` URL that holds the image, or an address that the teacher fetches it from."""
+    digest: Digest | None = None
+    """Of the image's bytes; None for an address: nobody here has read what lies there."""
+
+
 class Message(_Record):
-    """One chat message."""
+    """One chat message. What only some messages have stands nowhere in the others' dumps and digests."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
+    """Its text; of a message in parts, their texts, a line each."""
+    parts: tuple[Part, ...] | None = None
+    """The message in its order, where it has images."""
+    tool_calls: tuple[ToolCall, ...] | None = None
+    """What an assistant called."""
+    tool_call_id: str | None = None
+    """Which call a tool's message is the result of."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_there(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if value is not None}
+
+    @property
+    def images(self) -> int:
+        """How many images it has."""
+        return sum(part.image is not None for part in self.parts or ())
 
 
 class Prompt(_Record):
@@ -56,11 +117,25 @@ class Prompt(_Record):
     split: Split
     writer: str | None = None
     """The teacher that wrote the prompt's tokens (a `TeacherIdentity.name`), or None if no model did."""
+    tools: tuple[Tool, ...] | None = None
+    """Functions that may be called; None leaves it to the recipe."""
+    json_schema: dict[str, JsonValue] | None = None
+    """What the answer has to be; None leaves it to the recipe."""
 
     @staticmethod
-    def id_of(messages: tuple[Message, ...]) -> Digest:
-        """The content digest that names a prompt: equal messages have equal ids, whatever their source."""
-        return digest_json([m.model_dump(mode="json") for m in messages])
+    def id_of(
+        messages: tuple[Message, ...],
+        tools: tuple[Tool, ...] | None = None,
+        json_schema: dict[str, JsonValue] | None = None,
+    ) -> Digest:
+        """The content digest that names a prompt: equal messages have equal ids, whatever their source. Tools and a
+        schema of its own make another prompt of it.
+        """
+        said: list[JsonValue] = [m.model_dump(mode="json") for m in messages]
+        if tools is None and json_schema is None:
+            return digest_json(said)
+        named: list[JsonValue] | None = None if tools is None else [tool.model_dump(mode="json") for tool in tools]
+        return digest_json({"messages": said, "tools": named, "json_schema": json_schema})
 
 
 class TeacherIdentity(_Record):
@@ -112,11 +187,32 @@ class Completion(_Record):
     split: Split
     batch: str | None = None
     """The provider's id of the batch in which it came; None where it was asked for alone, or written here."""
+    tools: tuple[Tool, ...] | None = None
+    """Functions that it was told of, by its prompt or by the recipe."""
+    tool_calls: tuple[ToolCall, ...] | None = None
+    """What it called, in its order."""
+    json_schema: dict[str, JsonValue] | None = None
+    """What the answer had to be, by its prompt or by the recipe."""
+    mismatch: str | None = None
+    """How the answer is not what its schema asks for; None where it is, or where none was asked."""
 
     @property
     def id(self) -> Digest:
         """Digest of what was asked and answered; not of when or in which run."""
-        return digest_json([self.prompt_id, self.sample, self.teacher, self.text, self.reasoning, self.finish_reason])
+        said: list[JsonValue] = [
+            self.prompt_id, self.sample, self.teacher, self.text, self.reasoning, self.finish_reason
+        ]  # fmt: skip
+        if self.tool_calls:
+            said.append([call.model_dump(mode="json") for call in self.tool_calls])
+        return digest_json(said)
+
+    def answers(self, prompt_id: Digest) -> bool:
+        """Whether these messages are that prompt's. Tools and schema may be its own or the recipe's."""
+        return prompt_id in {
+            Prompt.id_of(self.messages, tools, schema)
+            for tools in ([self.tools, None] if self.tools else [None])
+            for schema in ([self.json_schema, None] if self.json_schema else [None])
+        }
 
 
 class Verdict(NamedTuple):

@@ -68,7 +68,7 @@ STAGES = (
         ("leaves.parquet",),
     ),
     Stage("gate", "limbeck.terms.stage:gate", ("prompts.parquet", "leaves.parquet"), ("gate",), waivers=True),
-    Stage("annotate", "limbeck.signal.annotate:annotate", ("examples",), ("signals",)),
+    Stage("annotate", "limbeck.signal.annotate:annotate", ("examples", "completions.parquet"), ("signals",)),
     Stage("student", "limbeck.student.begin:begin", ("examples",), ("beginning",), signs="training-intended"),
     Stage(
         "train",

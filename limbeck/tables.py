@@ -91,7 +91,7 @@ def read_records(path: str | os.PathLike[str], record: type[R]) -> Iterator[R]:
         for batch in file.iter_batches(batch_size=_ROWS):
             for row in batch.to_pylist():
                 for name in texts:
-                    if row[name] is not None:
+                    if row.get(name) is not None:  # files of an earlier version lack later columns
                         row[name] = json.loads(row[name])
                 yield record(**row) if is_tuple else adapter.validate_python(row)
 

@@ -189,7 +189,7 @@ def test_parse_needs_nothing_but_the_bytes(talking: Path):
         model="m", tokens=(1, 2), text="<think>a</think>\x00b", finish_reason="length", stop=None,
         prompt_tokens=3, completion_tokens=2,
     ).bytes()  # fmt: skip
-    assert teacher.parse(Request.of(None), raw) == ("<think>a</think>\x00b", None, "length", "m", 3, 2)
+    assert teacher.parse(Request.of(None), raw) == ("<think>a</think>\x00b", None, "length", "m", 3, 2, ())
     for broken in (b"", b"{}", raw[:-2], b"\xff\x1b[31m"):
         with pytest.raises(InputError, match="journaled answer") as error:
             teacher.parse(Request.of(None), broken)

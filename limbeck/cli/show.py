@@ -145,10 +145,32 @@ def as_text(result: Standing, *, facts: bool) -> str:
         parts.append(
             _table([("score", "subject", "value", "95 % interval", "n", "unit"), *map(_score_row, result.scores)])
         )
+    if money := _money_rows(result):
+        parts.append(_table(money))
     places = [(word, path) for word, path in (("student", result.student), ("report", result.report)) if path]
     if places:
         parts.append(_table(places))
     return printable("\n\n".join(parts))
+
+
+def _money_rows(result: Standing) -> list[tuple[str, ...]]:
+    """What collecting cost and what of it bought nothing, where an endpoint was asked."""
+    facts = next((s.facts for s in result.stages if s.stage == "collect" and s.done), {})
+    money = facts.get("money")
+    waste = money.get("waste") if isinstance(money, dict) else None
+    if not isinstance(money, dict) or not isinstance(waste, dict):
+        return []
+    rows = [("money", "requests or answers", "US dollars at most"), ("spent", "", _dollars(money.get("spent_dollars")))]
+    rows += [
+        (f"wasted: {kind}", str(told.get("count")), _dollars(told.get("dollars_at_most")))
+        for kind, told in waste.items()
+        if isinstance(told, dict)
+    ]
+    return rows
+
+
+def _dollars(value: JsonValue) -> str:
+    return f"{value:,.6f}" if isinstance(value, int | float) else "unknown"
 
 
 def _stage_row(state: StageState) -> tuple[str, ...]:

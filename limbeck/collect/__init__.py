@@ -2,6 +2,7 @@
 
 files        JSONL, Parquet and CSV files to chat messages, every wrong row named
 rows         one row of them: its messages, or what is wrong with it
+contents     what a row says beyond text: tools, calls, images, a schema
 self_prompt  prompts the teacher writes itself
 split        which prompts are held out
 prompts      the stage `prompts`: all sources to prompts.parquet

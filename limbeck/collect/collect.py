@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import JsonValue
 from typing_extensions import TypeIs
 
+from limbeck.collect.contents import Wanted, mismatch
 from limbeck.collect.journal import Journal, Journaled, held, journal_path
 from limbeck.collect.teachers import Request, Teacher, Writing, make_teacher
 from limbeck.errors import PromptError
@@ -232,13 +233,22 @@ def _completions(
         found = journal.get_all([asked.request.key for asked in group])
         for request, prompt, sample, teacher in group:
             if (journaled := found.get(request.key)) is not None:
-                yield _completion(request, prompt, sample, teacher, journaled)
+                yield _completion(request, prompt, sample, teacher, journaled, _wanted(teacher, prompt, recipe))
+
+
+def _wanted(teacher: Writing | Endpoint, prompt: Prompt, recipe: Recipe) -> Wanted:
+    if not _behind_endpoint(teacher):
+        return Wanted()
+    from limbeck.collect.endpoints.teacher import wanted
+
+    return wanted(prompt, recipe.collect)
 
 
 def _completion(
-    request: Request, prompt: Prompt, sample: int, teacher: Writing | Endpoint, found: Journaled
+    request: Request, prompt: Prompt, sample: int, teacher: Writing | Endpoint, found: Journaled, wanted: Wanted
 ) -> Completion:
-    parsed, who = teacher.parse(request, found.raw), teacher.identity
+    parsed, who, schema = teacher.parse(request, found.raw), teacher.identity, wanted.json_schema
+    whole = parsed.finish_reason == "stop"
     return Completion(
         prompt_id=prompt.id,
         sample=sample,
@@ -259,6 +269,10 @@ def _completion(
         response=found.response,
         split=prompt.split,
         batch=teacher.batch(found.raw) if _behind_endpoint(teacher) else None,
+        tools=wanted.tools,
+        tool_calls=parsed.tool_calls or None,
+        json_schema=schema,
+        mismatch=mismatch(parsed.text, schema) if schema is not None and whole else None,
     )
 
 
@@ -280,7 +294,8 @@ class _Totals:
             self.by_teacher[completion.teacher] += completion.completion_tokens
             tokens = completion.prompt_tokens, completion.completion_tokens
             if self.account is not None:
-                self.account.add(completion.teacher, completion.finish_reason, *tokens, completion.batch)
+                fate = completion.finish_reason if completion.mismatch is None else "schema"
+                self.account.add(completion.teacher, fate, *tokens, completion.batch)
             yield completion
 
     def facts(self) -> dict[str, JsonValue]:

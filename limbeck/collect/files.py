@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import JsonValue
 
+from limbeck.collect.contents import NotThis, Wanted, wanted_of
 from limbeck.collect.rows import Wrong, messages_of, not_utf8, shown
 from limbeck.errors import Problem, PromptError
 from limbeck.recipe import FilePrompts
@@ -38,6 +39,7 @@ class FileRow(NamedTuple):
     """`FILE:LINE`, or `FILE: row N` of a Parquet file; both count from 1."""
     id: Digest
     messages: tuple[Message, ...]
+    wanted: Wanted = Wanted()
 
 
 class RawRow(NamedTuple):
@@ -58,13 +60,19 @@ def iter_file_prompts(source: FilePrompts) -> Iterator[FileRow]:
     problems: list[Problem] = []
     wrong, rows, seen = 0, 0, set()
     for where, raw in _READERS[_format(source)](source):
-        found = raw if isinstance(raw, Wrong) else messages_of(raw, source.column)
+        found = raw if isinstance(raw, Wrong) else messages_of(raw, source.column, Path(source.path).parent)
+        wanted = Wanted()
+        if not isinstance(raw, Wrong) and not isinstance(found, Wrong):
+            try:
+                wanted = wanted_of(raw)
+            except NotThis as error:
+                found = Wrong(*error.told)
         if isinstance(found, Wrong):
             wrong += 1
             if wrong <= _LISTED:
                 problems.append(Problem(where, *found))
             continue
-        row = FileRow(where, Prompt.id_of(found), found)
+        row = FileRow(where, Prompt.id_of(found, *wanted), found, wanted)
         rows += 1
         yield row
         if source.limit is not None:
@@ -184,7 +192,8 @@ def _read_parquet(source: FilePrompts) -> Iterator[RawRow]:
     try:
         with pq.ParquetFile(source.path) as file:
             wanted = [source.column] if source.column else ["messages", "prompt"]
-            names = [name for name in _header(source, file.schema_arrow.names) if name in wanted]
+            names = file.schema_arrow.names
+            names = [name for name in _header(source, names) if name in wanted] + [n for n in _MORE if n in names]
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=names):
                 for index in range(batch.num_rows):
@@ -207,5 +216,8 @@ def _parquet_row(batch: pa.RecordBatch, index: int) -> dict[str, JsonValue] | Wr
             "write it as UTF-8",
         )
 
+
+_MORE = ("tools", "json_schema")
+"""Columns that may stand beside the prompt's."""
 
 _READERS = {"jsonl": read_jsonl, "csv": _read_csv, "parquet": _read_parquet}

@@ -115,6 +115,8 @@ class LocalTeacher:
         refuses it.
         """
         chat = [message.model_dump() for message in prompt.messages]
+        if beyond := _beyond(prompt):
+            raise self._refused(prompt, beyond)
         try:
             text = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
@@ -152,6 +154,12 @@ class LocalTeacher:
             sample=sample,
         )
         return Request.of(body.model_dump(mode="json"))
+
+    def _refused(self, prompt: Prompt, beyond: str) -> PromptError:
+        where = f"{prompt.source}: {shown(prompt.messages[-1].content)}"
+        remedy = "take them out of the prompts, or ask through a server: kind: openai with its base_url"
+        expected = f"text alone for {self.identity.name}, which runs here"
+        return PromptError("prompts ask for more than text", [Problem(where, beyond, expected, remedy)])
 
     def _not_taken(self, prompt: Prompt, error: TemplateError) -> PromptError:
         roles = " ".join(message.role for message in prompt.messages)
@@ -240,3 +248,13 @@ class LocalTeacher:
             prompt_tokens=len(body.tokens),
             completion_tokens=len(tokens) + (stop is not None),
         ).bytes()
+
+
+def _beyond(prompt: Prompt) -> str:
+    """What a prompt asks for that a model run here is not asked; empty where there is nothing."""
+    asked = {
+        "tools": bool(prompt.tools) or any(message.tool_calls for message in prompt.messages),
+        "a JSON schema": prompt.json_schema is not None,
+        "images": any(message.images for message in prompt.messages),
+    }
+    return ", ".join(name for name, there in asked.items() if there)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from pydantic import JsonValue
 
+from limbeck.collect.contents import Wanted
 from limbeck.collect.files import FileRow, iter_file_prompts
 from limbeck.collect.journal import Journal, held, journal_path
 from limbeck.collect.split import hold_out
@@ -37,15 +38,15 @@ class _Gathered:
     kept: int = 0
     facts: dict[str, JsonValue] = field(default_factory=dict)
 
-    def read(self) -> Iterator[tuple[Digest, tuple[Message, ...]]]:
+    def read(self) -> Iterator[tuple[Digest, tuple[Message, ...], Wanted]]:
         if isinstance(self.source, FilePrompts):
-            yield from ((row.id, row.messages) for row in iter_file_prompts(self.source))
+            yield from ((row.id, row.messages, row.wanted) for row in iter_file_prompts(self.source))
         else:
-            yield from ((Prompt.id_of(messages), messages) for messages in self.written)
+            yield from ((Prompt.id_of(messages), messages, Wanted()) for messages in self.written)
 
     def take(self, known: set[Digest]) -> None:
         """Add the ids that are not known yet."""
-        for prompt_id, _ in self.read():
+        for prompt_id, *_ in self.read():
             self.rows += 1
             if prompt_id not in known:
                 known.add(prompt_id)
@@ -97,7 +98,7 @@ def _prompts(gathered: Sequence[_Gathered], open_ids: set[Digest], held_out: fro
     """
     for part in gathered:
         rows = 0
-        for prompt_id, messages in part.read():
+        for prompt_id, messages, wanted in part.read():
             rows += 1
             if prompt_id not in open_ids:
                 continue
@@ -109,6 +110,8 @@ def _prompts(gathered: Sequence[_Gathered], open_ids: set[Digest], held_out: fro
                 licence=part.licence,
                 split=Split.HELD_OUT if prompt_id in held_out else Split.TRAIN,
                 writer=part.writer,
+                tools=wanted.tools,
+                json_schema=wanted.json_schema,
             )
         if rows != part.rows:
             raise _changed(part.name, f"{rows} rows", f"{part.rows} rows, as a moment before")

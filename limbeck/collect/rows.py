@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, get_args
 
 from pydantic import JsonValue
 
+from limbeck.collect.contents import NotThis, message_of
 from limbeck.records import Message
 
 _ROLES = get_args(Message.model_fields["role"].annotation)
@@ -32,8 +34,10 @@ def shown(value: object, limit: int = 72) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def messages_of(row: dict[str, JsonValue], column: str | None) -> tuple[Message, ...] | Wrong:
-    """The messages of a row: from the named column, or from `messages` or `prompt`, whichever it has."""
+def messages_of(row: dict[str, JsonValue], column: str | None, base: Path = Path()) -> tuple[Message, ...] | Wrong:
+    """The messages of a row: from the named column, or from `messages` or `prompt`, whichever it has. Paths of images
+    start at `base`.
+    """
     names = [column] if column else ["messages", "prompt"]
     there = [name for name in names if row.get(name) not in (None, "")]
     if not there:
@@ -56,7 +60,7 @@ def messages_of(row: dict[str, JsonValue], column: str | None) -> tuple[Message,
         value = [asked]
     if not isinstance(value, list):
         return Wrong(f"{name}: {shown(value)}", "text, or a list of messages", "write the prompt as text in quotes")
-    return _chat(name, value)
+    return _chat(name, value, base)
 
 
 def _from_json(text: str) -> list[JsonValue] | Wrong:
@@ -74,13 +78,19 @@ def _from_json(text: str) -> list[JsonValue] | Wrong:
     )
 
 
-def _chat(name: str, value: Sequence[JsonValue]) -> tuple[Message, ...] | Wrong:
-    messages = []
+def _chat(name: str, value: Sequence[JsonValue], base: Path) -> tuple[Message, ...] | Wrong:
+    messages, open_calls = [], set[str | None]()
     for index, item in enumerate(value):
-        message = _message(f"{name}[{index}]", item)
+        message = _message(f"{name}[{index}]", item, base)
         if isinstance(message, Wrong):
             return message
+        if message.tool_call_id is not None and message.tool_call_id not in open_calls:
+            found = f"{name}[{index}].tool_call_id: {shown(message.tool_call_id)}"
+            return Wrong(found, "the id of a call before it", "correct the id, or give the call")
+        open_calls |= {call.id for call in message.tool_calls or ()}
         messages.append(message)
+    if messages and messages[-1].tool_call_id is not None:
+        return tuple(messages)
     if not messages or messages[-1].role != "user":
         last = f"{name} ends with a message of {messages[-1].role}" if messages else f"{name}: []"
         return Wrong(
@@ -88,7 +98,7 @@ def _chat(name: str, value: Sequence[JsonValue]) -> tuple[Message, ...] | Wrong:
             "a last message of the user, for the teacher to answer",
             "remove what follows the user's message",
         )
-    if not messages[-1].content.strip():
+    if not messages[-1].content.strip() and not messages[-1].images:
         return Wrong(
             f"{name}: the user's message is {shown(messages[-1].content) or 'empty'}",
             "some text",
@@ -97,21 +107,24 @@ def _chat(name: str, value: Sequence[JsonValue]) -> tuple[Message, ...] | Wrong:
     return tuple(messages)
 
 
-def _message(where: str, item: JsonValue) -> Message | Wrong:
+def _message(where: str, item: JsonValue, base: Path) -> Message | Wrong:
     expected = '{"role": "user", "content": "..."}'
     if not isinstance(item, dict):
         return Wrong(f"{where}: {shown(item)}", expected, "write each message as an object")
-    more = sorted(key for key, value in item.items() if key not in ("role", "content") and value is not None)
-    if more:
-        return Wrong(f"{where} has {shown(', '.join(more))} too", "role and content only", "remove the other keys")
     role, content = item.get("role"), item.get("content")
     if role not in _ROLES:
         return Wrong(f"{where}.role: {shown(role)}", f"one of {', '.join(_ROLES)}", "correct the role")
-    if not isinstance(content, str):
-        return Wrong(f"{where}.content: {shown(content)}", "text", "write the content as text in quotes")
-    if lone := not_utf8(content):
+    more = any(value is not None for key, value in item.items() if key not in ("role", "content"))
+    if lone := not_utf8(content if isinstance(content, str) and not more else json.dumps(item, ensure_ascii=False)):
         remedy = "replace it, or remove the row"
         return Wrong(f"{where}.content: {lone}: {shown(content)}", "text that UTF-8 can hold", remedy)
+    if more or isinstance(content, list):
+        try:
+            return message_of(where, item, base)
+        except NotThis as error:
+            return Wrong(*map(shown, error.told))
+    if not isinstance(content, str):
+        return Wrong(f"{where}.content: {shown(content)}", "text", "write the content as text in quotes")
     return Message.model_validate({"role": role, "content": content})
 
 

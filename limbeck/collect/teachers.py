@@ -15,7 +15,7 @@ from pydantic import JsonValue
 
 from limbeck import recipe
 from limbeck.ledger.canonical import canonical, digest_bytes
-from limbeck.records import Digest, Prompt, TeacherIdentity
+from limbeck.records import Digest, Prompt, TeacherIdentity, ToolCall
 
 if TYPE_CHECKING:
     from limbeck.collect.endpoints.teacher import Endpoint
@@ -60,6 +60,7 @@ class Parsed(NamedTuple):
     """The model that answered, by its own word."""
     prompt_tokens: int
     completion_tokens: int
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 class Teacher(Protocol):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from pydantic import JsonValue
 
-from limbeck.curate.filters import Filter, make_filters
+from limbeck.curate.filters import ALWAYS, Filter, make_filters
 from limbeck.errors import InputError, Problem
 from limbeck.recipe import Recipe
 from limbeck.records import Completion, Split, Verdict
@@ -24,7 +25,7 @@ def curate(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
         written.
 
     """
-    filters = make_filters(recipe.curate)
+    filters = make_filters(recipe.curate, _tool_templates(recipe))
     tally = Tally()
     with run.progress.line("curate", None, "answers") as line:
 
@@ -39,6 +40,20 @@ def curate(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
 
         write_records(run / "verdicts.parquet", verdicts(), Verdict)
     return tally.facts(filters)
+
+
+def _tool_templates(recipe: Recipe) -> Callable[[str], str | None]:
+    """Says why the template that renders a teacher's answers is nothing for tools."""
+
+    @cache
+    def cannot(teacher: str) -> str | None:
+        from limbeck.models import load_tokenizer  # only where an answer has tools: it takes seconds
+        from limbeck.models.speech import cannot_call
+
+        found = next(t for t in recipe.teachers if t.name == teacher)
+        return cannot_call(load_tokenizer(recipe.words_of(found)))
+
+    return cannot
 
 
 def judge(completion: Completion, filters: Iterable[Filter]) -> Verdict:
@@ -72,8 +87,11 @@ class Tally:
             "kept": sum(self.counts[split, ""] for split in Split),
             "kept_by_split": {split.value: self.counts[split, ""] for split in Split},
             "kept_by_teacher": dict(sorted(self.teachers.items())),
-            "dropped": {f.name: sum(self.counts[split, f.name] for split in Split) for f in filters},
+            "dropped": {f.name: count for f in filters if (count := self._of(f)) or not isinstance(f, ALWAYS)},
         }
+
+    def _of(self, each: Filter) -> int:
+        return sum(self.counts[split, each.name] for split in Split)
 
     def refuse_nothing(self, filters: Sequence[Filter], where: str) -> None:
         """Raises `InputError`, naming every split of which nothing was kept."""

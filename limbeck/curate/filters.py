@@ -21,6 +21,12 @@ STOPPED = frozenset({"stop", "end_turn", "stop_sequence", "eos", "eos_token"})
 """Finish reasons that say that the teacher ended its answer itself."""
 
 
+def ended(completion: Completion) -> bool:
+    """Whether the teacher ended its answer itself: with an end of its turn, or by calling tools."""
+    reason = completion.finish_reason
+    return reason in STOPPED or (reason == "tool_calls" and bool(completion.tool_calls))
+
+
 class Filter(Protocol):
     """Looks at completions one by one, in order. May remember what it has seen."""
 
@@ -45,6 +51,8 @@ class Empty:
     def judge(self, completion: Completion) -> str | None:
         """See `Filter.judge`."""
         size = len(completion.text.strip())
+        if completion.tool_calls:
+            return None
         return None if size >= self.min_characters else f"{size} characters, fewer than {self.min_characters}"
 
 
@@ -57,7 +65,7 @@ class CutOff:
 
     def judge(self, completion: Completion) -> str | None:
         """See `Filter.judge`."""
-        if completion.finish_reason in STOPPED:
+        if ended(completion):
             return None
         return f"finish reason is {completion.finish_reason!r} after {completion.completion_tokens} tokens"
 
@@ -94,6 +102,7 @@ class Duplicate:
     def judge(self, completion: Completion) -> str | None:
         """See `Filter.judge`."""
         text = " ".join(unicodedata.normalize("NFC", completion.text).split())
+        text += "".join(f" {call.name}({call.arguments})" for call in completion.tool_calls or ())
         anywhere, here = _key("", text), _key(completion.prompt_id, text)
         if here in self._seen:
             return "the same text was already kept for this prompt"
@@ -109,6 +118,54 @@ def _key(prompt_id: str, text: str) -> bytes:
     return blake2b(f"{prompt_id}\n{text}".encode(), digest_size=16).digest()
 
 
+@dataclass(frozen=True)
+class Schema:
+    """Drops answers that are not what their JSON schema asks for."""
+
+    name: ClassVar[str] = "schema"
+    loosen: ClassVar[str] = "loosen collect.json_schema, raise collect.max_tokens, or take a teacher that keeps to it"
+
+    def judge(self, completion: Completion) -> str | None:
+        """See `Filter.judge`."""
+        return completion.mismatch
+
+
+@dataclass(frozen=True)
+class Images:
+    """Drops answers to prompts with images: every student here reads text only, and would learn to guess."""
+
+    name: ClassVar[str] = "images"
+    loosen: ClassVar[str] = "give prompts without images"
+
+    def judge(self, completion: Completion) -> str | None:
+        """See `Filter.judge`."""
+        count = sum(message.images for message in completion.messages)
+        return (
+            f"{count} image{'s' if count > 1 else ''} in the prompt, and the student reads text only" if count else None
+        )
+
+
+@dataclass(frozen=True)
+class Tools:
+    """Drops answers with tools where the chat template that renders them cannot say tools."""
+
+    cannot: Callable[[str], str | None]
+    """Why the template for a teacher's answers cannot; None where it can."""
+    name: ClassVar[str] = "tools"
+    loosen: ClassVar[str] = "take a student whose chat template knows tools, or leave tools out"
+
+    def judge(self, completion: Completion) -> str | None:
+        """See `Filter.judge`."""
+        if not (completion.tools or completion.tool_calls or any(m.tool_calls for m in completion.messages)):
+            return None
+        for call in completion.tool_calls or ():
+            try:
+                call.values()
+            except ValueError:
+                return f"the arguments of {call.name} are no JSON object"
+        return self.cannot(completion.teacher)
+
+
 FILTERS: tuple[Callable[[Curate], Filter | None], ...] = (
     lambda settings: Empty(settings.min_characters) if settings.min_characters else None,
     lambda settings: RepeatedLoop() if settings.loops else None,
@@ -120,7 +177,14 @@ through in this order and the first filter that drops one names itself. `Duplica
 seen must have been kept."""
 
 
-def make_filters(settings: Curate) -> tuple[Filter, ...]:
-    """The filters that the settings ask for, in order, with nothing seen yet."""
+ALWAYS = (Schema, Images, Tools)
+"""What no recipe switches off; facts name these only where they dropped something."""
+
+
+def make_filters(settings: Curate, cannot: Callable[[str], str | None] | None = None) -> tuple[Filter, ...]:
+    """The filters that the settings ask for, in order, with nothing seen yet; with `cannot` (see `Tools`) first those
+    that nobody can switch off.
+    """
     made = (make(settings) for make in FILTERS)
-    return tuple(f for f in made if f is not None)
+    always = (Schema(), Images(), Tools(cannot)) if cannot is not None else ()  # `ALWAYS`
+    return (*always, *(f for f in made if f is not None))

@@ -107,7 +107,7 @@ def _prompts(root: Path, known: _Known, _: frozenset[str]) -> Iterator[Problem]:
     places: dict[bytes, int] = {}
     for row, prompt in enumerate(read_records(root / "prompts.parquet", Prompt)):
         where, key = f"prompts.parquet: row {row}", _raw(prompt.id)
-        if (due := Prompt.id_of(prompt.messages)) != prompt.id:
+        if (due := Prompt.id_of(prompt.messages, prompt.tools, prompt.json_schema)) != prompt.id:
             yield Problem(f"{where}: id", prompt.id, f"{due}, the digest of its messages", _REMEDY)
         if key in places:
             yield Problem(f"{where}: id", f"{prompt.id} a second time", "each prompt once", _REMEDY)
@@ -223,7 +223,8 @@ def _against_prompt(where: str, completion: Completion, known: _Known, place: in
     if place < 0:
         yield Problem(f"{where}: prompt_id", completion.prompt_id, "a prompt of prompts.parquet", _REMEDY)
         return
-    if (found := Prompt.id_of(completion.messages)) != completion.prompt_id:
+    if not completion.answers(completion.prompt_id):
+        found = Prompt.id_of(completion.messages)
         yield Problem(f"{where}: messages", found, f"those of its prompt, {completion.prompt_id}", _REMEDY)
     split = Split.HELD_OUT if known.held_out[place] else Split.TRAIN
     if completion.split != split:

@@ -14,6 +14,7 @@ file. Code that a model brings along is never run.
     sources      resolve: from a reference to files and their digest
     load         tokenizers, configurations and models; GGUF files are converted once
     tokens       what decides tokenisation, its digest, and the refusal of another one
+    speech       what a chat template can say beyond text: tools, their calls, their results
     processor    what this machine computes with, in which precision, and with which memory
     attention    attention by plain matrix products, for the CPU
 """

@@ -14,8 +14,10 @@ from typing import Annotated, Literal
 from pydantic import (
     Discriminator,
     Field,
+    JsonValue,
     StrictBool,
     Tag,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -133,6 +135,11 @@ class Batch(Part):
     batches."""
 
 
+_FILE_OR_LIST: dict[str, JsonValue] = {"anyOf": [{"type": "array", "items": {"type": "object"}}, {"type": "string"}]}
+_FILE_OR_OBJECT: dict[str, JsonValue] = {"anyOf": [{"type": "object"}, {"type": "string"}]}
+"""What editors are told: a file's name is allowed where a recipe is read, and is gone once it is resolved."""
+
+
 class Collect(Part):
     """How the teacher is asked."""
 
@@ -147,6 +154,14 @@ class Collect(Part):
     concurrency: PositiveInt = 96
     """Answers written at the same time: sequences in a batch for a local teacher, at most so many requests for an
     endpoint."""
+    tools: Annotated[tuple[dict[str, JsonValue], ...], WithJsonSchema(_FILE_OR_LIST)] | None = None
+    """Functions that the teacher may call, in OpenAI's form, or a JSON file of them; prompts may have their own.
+    Endpoints only."""
+    json_schema: Annotated[dict[str, JsonValue], WithJsonSchema(_FILE_OR_OBJECT)] | None = None
+    """JSON Schema that answers have to fit, or a file of it; rows of prompts may have their own. Endpoints only."""
+    logprobs: PositiveInt | None = None
+    """Log-probabilities to ask for with each token of an answer: the most likely so many. OpenAI gives at most 20, vLLM
+    its `--max-logprobs`; Anthropic gives none."""
     budget: Budget = Budget()
     """What collecting may cost."""
     journal: str | None = None
@@ -162,6 +177,19 @@ class Collect(Part):
     def batched(self) -> Batch | None:
         """How batches are made; None where requests are sent one by one."""
         return self.batch if isinstance(self.batch, Batch) else Batch() if self.batch else None
+
+
+def asking_problems(teachers: tuple[LocalTeacher | EndpointTeacher, ...], collect: Collect) -> list[Problem]:
+    """What is to be asked of teachers that cannot be asked it."""
+    problems = []
+    for key in ("tools", "json_schema", "logprobs"):
+        able = ("openai",) if key == "logprobs" else ("openai", "anthropic")
+        if getattr(collect, key) is None or not (others := [t.name for t in teachers if t.kind not in able]):
+            continue
+        found, expected = f"asked of {', '.join(others)}", f"teachers of kind {' or '.join(able)}"
+        remedy = "leave the key out, or those teachers; a local teacher is better asked with signal: {kind: sampled}"
+        problems.append(Problem(f"collect.{key}", found, expected, remedy))
+    return problems
 
 
 class Curate(Part):
@@ -302,7 +330,7 @@ class Recipe(Part):
                     "remove it, or use collect.samples for more answers",
                 )
             )
-        served = self.signal.kind == "top_k" and self.signal.server is not None
+        served = self.signal.kind == "top_k" and (self.signal.server is not None or self.signal.source == "answers")
         kinds = (
             self.student.kind,
             "served" if served else self.signal.kind,
@@ -312,6 +340,7 @@ class Recipe(Part):
         if self.collect.batched is not None and all(isinstance(teacher, LocalTeacher) for teacher in self.teachers):
             remedy = "remove it; collect.concurrency says how many answers a local teacher writes at a time"
             problems.append(Problem("collect.batch", "only local teachers", "a teacher behind an endpoint", remedy))
+        problems += asking_problems(self.teachers, self.collect)
         if self.train.accumulate > self.train.batch_size:
             problems.append(
                 Problem(

@@ -27,6 +27,8 @@ class SignalServer(Part):
     """Its address with `/v1`. A key is no part of it."""
     model: str
     """The model's name there. Its tokenizer has to be the one that the examples are made of."""
+    terms: str = "unknown"
+    """Id of the terms that what it says is used under, or `own-model` for a model of one's own."""
     api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
     """Name of the environment variable that holds the key; null sends none."""
     concurrency: PositiveInt = 16
@@ -44,8 +46,13 @@ class TopKSignalSettings(Part):
     """The most likely tokens."""
     k: PositiveInt = 50
     """How many tokens a position. A vLLM server gives at most its `--max-logprobs`, 20 unless told otherwise."""
+    source: Literal["teacher", "answers"] = "teacher"
+    """`teacher` asks for every token anew; `answers` takes what was said while collecting (`collect.logprobs`)."""
     server: SignalServer | None = None
     """The server that is asked; null runs the teacher here."""
+    unmatched: Literal["refuse", "text"] = "refuse"
+    """With `source: answers`, what to do with an answer whose tokens are not those of the student's tokenizer: stop and
+    list them, or learn that answer from its words alone."""
 
 
 class TextSignalSettings(Part):

@@ -18,7 +18,7 @@ padding that equals the end of the turn changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -31,7 +31,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from limbeck.errors import ModelError, Problem
 from limbeck.ledger.canonical import digest_json
 from limbeck.models import chat_template
-from limbeck.records import Message
+from limbeck.models.speech import as_chat, as_tools
+from limbeck.records import Message, Tool, ToolCall
 
 SPECIAL_TEXT = "special_token_text"
 """The prompt or the answer contains the text of a special token, which would be read as that token."""
@@ -57,6 +58,14 @@ class LeftOut(NamedTuple):
     reason: str
     """`SPECIAL_TEXT`, `REFUSED` or `NOT_FOUND`."""
     detail: str
+
+
+class Said(NamedTuple):
+    """An answer: text, calls of tools, and the tools that it could choose from."""
+
+    text: str
+    calls: tuple[ToolCall, ...] = ()
+    tools: tuple[Tool, ...] = ()
 
 
 class _Turn(NamedTuple):
@@ -94,7 +103,7 @@ class ChatRenderer:
         self._control = self._turn_tokens().union(special, tokenizer.all_special_ids)
 
     def render(
-        self, messages: Sequence[Message], answer: str, *, stopped: bool, created: datetime
+        self, messages: Sequence[Message], answer: str | Said, *, stopped: bool, created: datetime
     ) -> Rendered | LeftOut:
         """The chat `messages` + `answer` as tokens and mask.
 
@@ -105,16 +114,18 @@ class ChatRenderer:
             ModelError: the tokenizer contradicts itself.
 
         """
+        answer = Said(answer) if isinstance(answer, str) else answer
         holder = self._special_text(messages, answer)
         if holder:
             return LeftOut(SPECIAL_TEXT, holder)
         date = created.strftime("%d %b %Y")
         try:
-            turn = self._locate(messages, answer, date)
+            turn = self._locate_calls(messages, answer, date) if answer.calls else self._locate(messages, answer, date)
         except TemplateError as error:
             return LeftOut(REFUSED, f"{error} (roles: {', '.join(m.role for m in messages)}, assistant)")
         if turn is None:
-            return LeftOut(NOT_FOUND, f"the template changes the answer {_short(answer)}")
+            said = answer.text or ", ".join(call.name for call in answer.calls)
+            return LeftOut(NOT_FOUND, f"the template changes the answer {_short(said)}")
         tokens_T, begin_T = self._encode(turn.text)
         self._check(tokens_T, self._apply_to_tokens(messages, answer, date))
         mask_T = (begin_T >= turn.start) & (begin_T < turn.end)
@@ -124,21 +135,31 @@ class ChatRenderer:
         mask_T[:1] = False
         return Rendered(tokens_T, mask_T, ender is not None)
 
-    def _apply(self, messages: Sequence[Message], answer: str | None, date: str, *, prompting: bool = True) -> str:
+    def _apply(
+        self,
+        messages: Sequence[Message],
+        answer: str | Said | None,
+        date: str,
+        *,
+        prompting: bool = True,
+        tools: Sequence[Tool] = (),
+    ) -> str:
         """The template's text; with `answer` None it ends where an answer begins, if `prompting`."""
         text = self._tokenizer.apply_chat_template(
             _chat(messages, answer),
             tokenize=False,
             add_generation_prompt=prompting and answer is None,
+            **as_tools(answer.tools if isinstance(answer, Said) else tools),
             **self._dates(date),
         )
         return str(text)
 
-    def _apply_to_tokens(self, messages: Sequence[Message], answer: str, date: str) -> NDArray[np.int32]:
+    def _apply_to_tokens(self, messages: Sequence[Message], answer: Said, date: str) -> NDArray[np.int32]:
         ids = self._tokenizer.apply_chat_template(
             _chat(messages, answer),
             tokenize=True,
             return_dict=False,
+            **as_tools(answer.tools),
             **self._dates(date),
         )
         return np.asarray(ids, dtype=np.int32)
@@ -146,7 +167,7 @@ class ChatRenderer:
     def _dates(self, date: str) -> dict[str, Any]:
         return {"date_string": date} if self._dated else {}
 
-    def _locate(self, messages: Sequence[Message], answer: str, date: str) -> _Turn | None:
+    def _locate(self, messages: Sequence[Message], answer: Said, date: str) -> _Turn | None:
         """The template's text with the answer's place in it, or None where the answer is not in it.
 
         A template may strip the answer, or leave out a part of it (a thinking block); what it rendered must
@@ -155,15 +176,15 @@ class ChatRenderer:
         text = self._apply(messages, answer, date)
         # No fixed text, so that no prompt can contain it by chance or on purpose.
         mark = f"limbeck{digest_json([text])[7:39]}"
-        head, _, tail = self._apply(messages, mark, date).partition(mark)
-        prompt = self._prompt(messages, date)
+        head, _, tail = self._apply(messages, answer._replace(text=mark), date).partition(mark)
+        prompt = self._prompt(messages, date, answer.tools)
         if mark in head + tail or not text.endswith(tail):
             return None
         for before in (head, prompt):
             if before is None or not text.startswith(before) or len(before) + len(tail) > len(text):
                 continue
             middle = text[len(before) : len(text) - len(tail)]
-            if not _wrote(answer, middle):
+            if not _wrote(answer.text, middle):
                 continue
             start, end = len(before), len(before) + len(middle)
             if prompt is not None and text.startswith(prompt) and not text[len(prompt) : start].strip():
@@ -171,10 +192,28 @@ class ChatRenderer:
             return _Turn(text, start, end)
         return None
 
-    def _prompt(self, messages: Sequence[Message], date: str) -> str | None:
+    def _locate_calls(self, messages: Sequence[Message], answer: Said, date: str) -> _Turn | None:
+        """The same for an answer that calls tools: all that follows the generation prompt, up to what ends a turn of
+        words alone. None where the template ends such a turn otherwise, or leaves out a name or an argument.
+        """
+        text, prompt = self._apply(messages, answer, date), self._prompt(messages, date, answer.tools)
+        mark = f"limbeck{digest_json([text])[7:39]}"
+        tail = self._apply(messages, Said(mark, (), answer.tools), date).partition(mark)[2]
+        if prompt is None or not text.startswith(prompt) or not text.endswith(tail):
+            return None
+        start, end = len(prompt), len(text) - len(tail)
+        rest = text[start:end]
+        if answer.text.strip() not in rest:
+            return None
+        for call in answer.calls:
+            if not all(piece in rest for piece in (call.name, *_pieces(call.values()))):
+                return None
+        return _Turn(text, start, end)
+
+    def _prompt(self, messages: Sequence[Message], date: str, tools: Sequence[Tool]) -> str | None:
         """What the teacher was given, or None for a template that does not end on anything but an answer."""
         try:
-            return self._apply(messages, None, date)
+            return self._apply(messages, None, date, tools=tools)
         except TemplateError:
             return None
 
@@ -193,9 +232,12 @@ class ChatRenderer:
                 return int(t)
         return None
 
-    def _special_text(self, messages: Sequence[Message], answer: str) -> str:
+    def _special_text(self, messages: Sequence[Message], answer: Said) -> str:
         """Which of the texts contains a special token's text; empty if none does."""
-        texts = [(f"message {i} ({m.role})", m.content) for i, m in enumerate(messages)] + [("the answer", answer)]
+        texts = [(f"message {i} ({m.role})", m.content) for i, m in enumerate(messages)] + [("the answer", answer.text)]
+        calls = [call for m in messages for call in m.tool_calls or ()] + list(answer.calls)
+        texts += [(f"a call of {call.name}", f"{call.name} {call.arguments}") for call in calls]
+        texts += [(f"tool {tool.name}", tool.model_dump_json()) for tool in answer.tools]
         for where, text in texts:
             ids = self._control.intersection(self._core.encode(text, add_special_tokens=False).ids)
             # A tokenizer may also give its unknown token, for a character it does not have.
@@ -248,9 +290,25 @@ def _offsets_core(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     return core
 
 
-def _chat(messages: Sequence[Message], answer: str | None) -> list[dict[str, str]]:
-    chat = [m.model_dump() for m in messages]
-    return chat if answer is None else [*chat, {"role": "assistant", "content": answer}]
+def _chat(messages: Sequence[Message], answer: str | Said | None) -> list[dict[str, Any]]:
+    if isinstance(answer, Said):
+        return as_chat(messages, answer.text, answer.calls)
+    return as_chat(messages, answer)
+
+
+def _pieces(value: object) -> Iterator[str]:
+    """The names and values in a call's arguments, as JSON writes them without its quotes."""
+    if isinstance(value, dict):
+        yield from (key for key in value if key.isascii())
+        for inner in value.values():
+            yield from _pieces(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _pieces(inner)
+    elif isinstance(value, str) and value.isascii() and value.isalnum():  # else templates escape it in their own way
+        yield value
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield str(value)
 
 
 def _wrote(answer: str, rendered: str) -> bool:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from limbeck.curate.filters import STOPPED
+from limbeck.curate.filters import ended
 from limbeck.errors import InputError, ModelError, Problem, StaleError
 from limbeck.models import load_tokenizer, template_digest, tokenizer_digest
 from limbeck.recipe import Recipe
 from limbeck.records import Completion, Example, Split, Verdict
-from limbeck.render.chat import NOT_FOUND, REFUSED, SPECIAL_TEXT, ChatRenderer, LeftOut
+from limbeck.render.chat import NOT_FOUND, REFUSED, SPECIAL_TEXT, ChatRenderer, LeftOut, Said
 from limbeck.render.examples import ExampleSet, make_example, make_set, write_examples
 from limbeck.rundir import RunDir
 from limbeck.tables import read_records
@@ -111,8 +111,9 @@ def _kept(run: RunDir) -> Iterator[Completion]:
 
 
 def _example(completion: Completion, renderer: ChatRenderer, max_length: int, tally: _Tally) -> Example | None:
-    stopped = completion.finish_reason in STOPPED
-    out = renderer.render(completion.messages, completion.text, stopped=stopped, created=completion.created)
+    stopped = ended(completion)
+    said = Said(completion.text, tuple(completion.tool_calls or ()), tuple(completion.tools or ()))
+    out = renderer.render(completion.messages, said, stopped=stopped, created=completion.created)
     if isinstance(out, LeftOut):
         if out.reason in (REFUSED, NOT_FOUND) and not tally.rendered:
             raise ModelError(

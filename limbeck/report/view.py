@@ -198,7 +198,12 @@ def _spent(evidence: Evidence) -> str:
     if "unknown" in prices.values():
         return "" if len(set(prices.values())) == 1 else f"At least {spent:.4f} US dollars; some prices were not known."
     share = f", of which at most {wasted:.4f} bought no usable answer" if wasted else ""
-    return f"Answers cost at most {spent:.4f} US dollars{share}."
+    waste, kinds = money.get("waste"), []
+    for kind, told in waste.items() if isinstance(waste, dict) else ():
+        if isinstance(told, dict):
+            kinds.append(f"{one_line(kind)} {told.get('count')} ({told.get('dollars_at_most', 0):.4f})")
+    named = f" Wasted, by kind, with US dollars at most: {', '.join(kinds)}." if kinds else ""
+    return f"Answers cost at most {spent:.4f} US dollars{share}.{named}"
 
 
 def seconds(entry: Entry) -> float:

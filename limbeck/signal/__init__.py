@@ -15,6 +15,7 @@ store       signals on disk: sharded, checked, resumable
 endpoint    asking a completions server, with retries
 answers     what a server answered, as a top-k signal
 served      signals of a teacher that a server runs
+told        signals out of log-probabilities that came with the answers
 annotate    the stage: RUN/examples to RUN/signals
 audit       a store held against a fresh teacher
 """

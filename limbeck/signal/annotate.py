@@ -60,15 +60,22 @@ def annotate(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
             write_manifest_only(run / "signals", key, examples.train)
         elif key.server:
             written = _write_served(recipe, run, key, plan)
+        elif key.source:
+            written = _write_told(recipe, run, key, plan)
         else:
             written = _write(recipe, run, key, plan)
     store = SignalStore.open(run / "signals", expect=key, examples=examples.train)
-    return _facts(store) | {
-        "shards": len(store.manifest.shards),
-        "shards_from_an_earlier_attempt": len(store.manifest.shards) - written,
-        "padding": _padding(plan),
-        "seconds": time.monotonic() - started,
-    }
+    server = recipe.signal.server if recipe.signal.kind == "top_k" else None
+    return (
+        _facts(store)
+        | ({"server_terms": server.terms} if server else {})
+        | {
+            "shards": len(store.manifest.shards),
+            "shards_from_an_earlier_attempt": len(store.manifest.shards) - written,
+            "padding": _padding(plan),
+            "seconds": time.monotonic() - started,
+        }
+    )
 
 
 def signal_key(recipe: Recipe, examples: ExampleSet) -> SignalKey:
@@ -93,13 +100,16 @@ def signal_key(recipe: Recipe, examples: ExampleSet) -> SignalKey:
             key = key.model_copy(update={"tau": settings.tau, "temperature": recipe.train.temperature})
         case "top_k":
             key = key.model_copy(update={"k": settings.k, "temperature": recipe.train.temperature})
+            if settings.source == "answers":
+                unmatched = "text" if settings.unmatched == "text" else None
+                key = key.model_copy(update={"source": "answers", "unmatched": unmatched})
             if server := settings.server:
                 named = ServerIdentity(base_url=server.base_url, model=server.model, ask=server.ask)
                 return key.model_copy(update={"server": named})
     local = recipe.local_teachers
     widths = [models.load_config(t.model, t.precision).get_text_config().vocab_size for t in local]
     update = {"teachers": {t.name: _who(t) for t in recipe.teachers}, "vocab_size": min([len(words), *widths])}
-    if settings.kind != "text":
+    if settings.kind != "text" and local:
         precisions = {str(models.precision_dtype(t.precision)).removeprefix("torch.") for t in local}
         update["precision"] = ", ".join(sorted(precisions))
     return key.model_copy(update=update)
@@ -195,6 +205,14 @@ def _write_served(recipe: Recipe, run: RunDir, key: SignalKey, plan: list[list[B
     return write_served(recipe.signal.server, run, key, [[e for b in shard for e in b] for shard in plan], words)
 
 
+def _write_told(recipe: Recipe, run: RunDir, key: SignalKey, plan: list[list[Batch]]) -> int:
+    from limbeck.signal.told import write_told  # needs what endpoints need
+
+    assert recipe.signal.kind == "top_k"
+    words = models.load_tokenizer(recipe.words_of(recipe.teachers[0]))
+    return write_told(recipe.signal, run, key, [[e for b in shard for e in b] for shard in plan], words)
+
+
 @torch.inference_mode()
 def annotate_batch(model: PreTrainedModel, examples: Sequence[Example], codec: Codec[A, S], seed: int) -> list[A]:
     """The encoded signal of each example at every position whose next token is supervised."""
@@ -249,6 +267,8 @@ def _facts(store: SignalStore) -> dict[str, JsonValue]:
     facts |= {name: value for name, value in settings.items() if value is not None}
     if key.server:
         facts["server"] = key.server.model_dump(mode="json")
+    if key.source:
+        facts |= {"source": key.source, "unmatched": key.unmatched or "refuse", "answers": key.answers}
     codec, sums = codec_of(key), Counter[str]()
     for signal in store.shards():
         sums.update(codec.sums(signal))

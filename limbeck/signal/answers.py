@@ -54,7 +54,7 @@ class Answered(NamedTuple):
     model: str
 
 
-class _Wrong(Exception):  # noqa: N818 - always turned into a `Problem`
+class Wrong(Exception):  # noqa: N818 - always turned into a `Problem`
     """What is wrong at one place of an answer: found, expected."""
 
 
@@ -70,7 +70,7 @@ def read_answer(raw: bytes, example: Example, *, ask: str, k: int, vocab_size: i
         whole = orjson.loads(raw)
         model, choice = str(whole["model"]), whole["choices"][0]
         rows = _vllm_rows(choice, sent) if ask == "prompt_logprobs" else _echoed_rows(choice, sent)
-    except _Wrong as wrong:
+    except Wrong as wrong:
         raise _bad(where, [_problem(where, wrong)]) from None
     except (orjson.JSONDecodeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         found = f"{raw[:80]!r}: {type(error).__name__}: {error}"
@@ -82,12 +82,12 @@ def read_answer(raw: bytes, example: Example, *, ask: str, k: int, vocab_size: i
         if not example.mask_T[place]:
             continue
         try:
-            picked.append(_likeliest(rows[place], sent[place], k, vocab_size))
-        except _Wrong as wrong:
+            picked.append(likeliest(rows[place], sent[place], k, vocab_size))
+        except Wrong as wrong:
             problems.append(_problem(f"{where}, position {place} of {len(sent)}", wrong))
     if problems:
         raise _bad(where, problems)
-    return Answered(_signal(picked, k, vocab_size), model)
+    return Answered(top_k_signal(picked, k, vocab_size), model)
 
 
 def _vllm_rows(choice: dict[str, JsonValue], sent: Sequence[int]) -> list[list[Entry]]:
@@ -97,18 +97,16 @@ def _vllm_rows(choice: dict[str, JsonValue], sent: Sequence[int]) -> list[list[E
         _refuse_other_ids([int(cast("int", token)) for token in echoed], sent)
     listed = choice.get("prompt_logprobs")
     if not isinstance(listed, list):
-        raise _Wrong(
-            f"prompt_logprobs: {listed!r}", "a list, as vLLM gives it; for other servers see signal.server.ask"
-        )
+        raise Wrong(f"prompt_logprobs: {listed!r}", "a list, as vLLM gives it; for other servers see signal.server.ask")
     if len(listed) != len(sent):
-        raise _Wrong(f"prompt_logprobs of {len(listed)} tokens", f"{len(sent)}, as many as were sent")
+        raise Wrong(f"prompt_logprobs of {len(listed)} tokens", f"{len(sent)}, as many as were sent")
     rows = [
         [Entry(int(name), float(e["logprob"]), e.get("rank"), e.get("decoded_token")) for name, e in item.items()]
         for item in cast("list[dict]", [item or {} for item in listed])
     ]
     for place, (row, token) in enumerate(zip(rows, sent, strict=True)):
         if row and all(entry.id != token for entry in row):
-            raise _Wrong(f"position {place} without token {token}", "the token that was sent, among those listed")
+            raise Wrong(f"position {place} without token {token}", "the token that was sent, among those listed")
     return rows
 
 
@@ -116,11 +114,11 @@ def _echoed_rows(choice: dict[str, JsonValue], sent: Sequence[int]) -> list[list
     columns = cast("dict[str, list]", choice["logprobs"])
     tokens, listed = columns["tokens"], columns["top_logprobs"]
     if other := [token for token in tokens if not str(token).startswith(_PREFIX)]:
-        raise _Wrong(f"a token as {other[0]!r}", "token_id:NUMBER, which return_tokens_as_token_ids asks for")
+        raise Wrong(f"a token as {other[0]!r}", "token_id:NUMBER, which return_tokens_as_token_ids asks for")
     # What was generated comes after the prompt.
     _refuse_other_ids([_id(token) for token in tokens[: len(sent)]], sent)
     if len(listed) < len(sent):
-        raise _Wrong(f"top_logprobs of {len(listed)} tokens", f"at least {len(sent)}, as many as were sent")
+        raise Wrong(f"top_logprobs of {len(listed)} tokens", f"at least {len(sent)}, as many as were sent")
     return [
         [Entry(_id(name), float(value), None, None) for name, value in (item or {}).items()]
         for item in listed[: len(sent)]
@@ -135,36 +133,37 @@ def _refuse_other_ids(echoed: list[int], sent: Sequence[int]) -> None:
     if echoed == list(sent):
         return
     place = next((i for i, (a, b) in enumerate(zip(echoed, sent, strict=False)) if a != b), min(len(echoed), len(sent)))
-    raise _Wrong(
+    raise Wrong(
         f"{len(echoed)} token ids, at position {place} {echoed[place : place + 3]}",
         f"the {len(sent)} that were sent, there {list(sent[place : place + 3])}",
     )
 
 
-def _likeliest(row: list[Entry], own: int, k: int, vocab_size: int) -> list[Entry]:
-    """The k likeliest, falling. The prompt's own token goes first among equals that have to go."""
+def likeliest(row: list[Entry], own: int, k: int, vocab_size: int) -> list[Entry]:
+    """The k likeliest, falling. The prompt's own token goes first among equals that have to go. Raises `Wrong`."""
     if not row:
-        raise _Wrong("no log-probabilities", f"{k} tokens")
+        raise Wrong("no log-probabilities", f"{k} tokens")
     if len({entry.id for entry in row}) < len(row):
-        raise _Wrong("a token listed twice", "different tokens")
+        raise Wrong("a token listed twice", "different tokens")
     if outside := [entry.id for entry in row if not 0 <= entry.id < vocab_size]:
-        raise _Wrong(f"token {outside[0]}", f"tokens below {vocab_size}, our vocabulary: the model there has another")
+        raise Wrong(f"token {outside[0]}", f"tokens below {vocab_size}, our vocabulary: the model there has another")
     if wrong := [entry for entry in row if not math.isfinite(entry.log_prob) or entry.log_prob > _SUM]:
-        raise _Wrong(f"{wrong[0].log_prob} for token {wrong[0].id}", "a log-probability, finite and at most 0")
+        raise Wrong(f"{wrong[0].log_prob} for token {wrong[0].id}", "a log-probability, finite and at most 0")
     ranks = [entry.rank for entry in row if entry.rank is not None]
     if len(ranks) == len(row) and (gone := sorted(set(range(1, k + 1)) - set(ranks))):
-        raise _Wrong(f"no token of rank {gone[0]}", f"all ranks from 1 to {k}")
+        raise Wrong(f"no token of rank {gone[0]}", f"all ranks from 1 to {k}")
     if len(row) < k:
-        raise _Wrong(f"{len(row)} tokens", f"{k} tokens, which is signal.k")
+        raise Wrong(f"{len(row)} tokens", f"{k} tokens, which is signal.k")
     best = sorted(row, key=lambda entry: (-entry.log_prob, entry.id == own, entry.id))[:k]
     if (mass := math.fsum(math.exp(entry.log_prob) for entry in best)) > 1 + _SUM:
-        raise _Wrong(
+        raise Wrong(
             f"probabilities that sum to {mass:.4f}", "at most 1: log-probabilities, not processed or raw logits"
         )
     return best
 
 
-def _signal(picked: list[list[Entry]], k: int, vocab_size: int) -> TopKSignal:
+def top_k_signal(picked: list[list[Entry]], k: int, vocab_size: int) -> TopKSignal:
+    """The signal of rows of k entries; what they leave is the tail's."""
     log_probs = torch.tensor([[e.log_prob for e in row] for row in picked], dtype=torch.float64).reshape(-1, k)
     ids = torch.tensor([[e.id for e in row] for row in picked], dtype=torch.int64).reshape(-1, k)
     tail_N = (1 - log_probs.exp().sum(dim=1)).clamp_min(0)
@@ -189,7 +188,7 @@ def _refuse_other_words(where: str, sent: Sequence[int], rows: list[list[Entry]]
         raise ModelError("the server's model has another vocabulary", other[:_TOLD])
 
 
-def _problem(where: str, wrong: _Wrong) -> Problem:
+def _problem(where: str, wrong: Wrong) -> Problem:
     found, expected = wrong.args
     return Problem(where, found, expected)
 

@@ -110,6 +110,8 @@ def _refuse_unaudited(store: SignalStore) -> None:
         "hidden": ("signals of kind hidden, of which nothing is stored", "signals that are stored"),
     }
     reason = reasons.get(store.manifest.kind)
+    if store.manifest.key.source:
+        reason = ("signals that endpoints said while they answered", "signals of a teacher on this machine")
     if server := store.manifest.key.server:
         reason = (f"signals that {server.model} at {server.base_url} said", "signals of a teacher on this machine")
     if reason:

@@ -116,8 +116,10 @@ class TopKCodec(NamedTuple):
         return TopKArrays(arrays.ids[own].copy(), arrays.log_probs[own].copy(), arrays.tail[own].copy())
 
     def sums(self, signal: TopKSignal) -> Mapping[str, float]:
-        """The mass that is stored token by token."""
-        return {"stored_mass": float((1 - signal.tail_mass_N.double()).sum())}
+        """The mass that is stored token by token, and the positions that hold but the token that stands there."""
+        sums = {"stored_mass": float((1 - signal.tail_mass_N.double()).sum())}
+        alone = int(torch.isneginf(signal.log_probs_NK).any(dim=1).sum())
+        return sums | {"from_the_words": float(alone)} if alone else sums
 
 
 def _join(parts: Sequence[TopKArrays]) -> TopKArrays:

@@ -160,8 +160,9 @@ def token_logprobs(desk: Desk, context: Sequence[int], text: str, top: int) -> l
 
 
 def _entry(desk: Desk, token: int, logprob: float) -> Json:
-    return {
+    shown: Json = {
         "token": desk.vocabulary.text(token),
         "logprob": logprob,
         "bytes": list(desk.vocabulary.tokens[token]),
     }
+    return {"id": token, **shown} if desk.settings.token_ids else shown

@@ -47,6 +47,8 @@ class Settings(Form):
     """Tokens of the toy vocabulary: 256 bytes, then words, then fillers that only stand as ids."""
     max_logprobs: int = Field(default=20, ge=0)
     """Most log-probabilities a token that /v1/completions gives."""
+    token_ids: bool = False
+    """Whether log-probabilities of chat completions have each token's `id` too, as those of llama.cpp's server do."""
     api_keys: tuple[str, ...] = ()
     """Keys that are let in; with none, every key is, and none is needed."""
     quota: Decimal | None = None

@@ -70,6 +70,36 @@ class Account:
                 "prices": {name: one.source if one else "unknown" for name, one in sorted(self.prices.items())},
                 "requests": {name: one.requests for name, one in sorted(outcomes.items())},
                 "wasted": wasted,
+                "waste": by_kind(wasted),
                 "wasted_dollars": dollars(sum(one.cost for one in lost.values()) + self.money.total()),
             }
         }
+
+
+_KINDS = {
+    "http 408": "time-outs",
+    "http 504": "time-outs",
+    "timeout": "time-outs",
+    "length": "truncations",
+    "context_length": "truncations",
+    "refusal": "refusals",
+    "content_filter": "refusals",
+    "malformed": "unparsable",
+    "schema": "unparsable",
+    "error": "refused requests",
+    "killed": "in flight when a run was killed",
+}
+"""In a reader's words; other outcomes of a request are retries, other finish reasons are named as they are."""
+
+
+def by_kind(wasted: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """What was wasted, summed by kind: requests or answers, and dollars at most."""
+    counts, money = Counter[str](), Counter[str]()
+    for name, told in wasted.items():
+        if not isinstance(told, dict):
+            continue
+        kind = _KINDS.get(name, "retries" if "requests" in told else name)
+        for key, value in told.items():
+            if isinstance(value, int | float):
+                (counts if key in ("requests", "answers") else money)[kind] += value  # type: ignore[operator]
+    return {kind: {"count": int(counts[kind]), "dollars_at_most": float(money[kind])} for kind in sorted(counts)}

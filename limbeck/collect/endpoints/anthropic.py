@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pydantic import JsonValue
 
 from limbeck import recipe
-from limbeck.collect.endpoints.dialects import Body, Read
+from limbeck.collect.contents import Wanted
+from limbeck.collect.endpoints import forms
+from limbeck.collect.endpoints.dialects import NOTHING, Body, Read
 from limbeck.collect.endpoints.reply import MALFORMED, document, error_of, mapping, refusal_reason, text, usage_of
 from limbeck.collect.teachers import Parsed
 from limbeck.records import Message
@@ -40,19 +42,16 @@ class AnthropicMessages:
         version = {"anthropic-version": "2023-06-01"}
         return version | {"x-api-key": key} if key else version
 
-    def body(self, model: str, messages: Sequence[Message], settings: recipe.Collect, seed: int) -> Body:
+    def body(
+        self, model: str, messages: Sequence[Message], settings: recipe.Collect, seed: int, wanted: Wanted = NOTHING
+    ) -> Body:
         """See `Dialect.body`. System messages stand apart; current models refuse `top_p` beside `temperature`, so it is
         sent only where it is not 1.
         """
-        if strange := sorted({message.role for message in messages} - {"system", "user", "assistant"}):
-            raise ValueError(f"a message of role {', '.join(strange)}")
         system = "\n\n".join(message.content for message in messages if message.role == "system")
-        turns: list[JsonValue] = [
-            {"role": message.role, "content": message.content} for message in messages if message.role != "system"
-        ]
         body: dict[str, JsonValue] = {
             "model": model,
-            "messages": turns,
+            "messages": forms.anthropic_turns(messages),
             "max_tokens": settings.max_tokens,
             "temperature": settings.temperature,
         }
@@ -60,6 +59,11 @@ class AnthropicMessages:
             body["system"] = system
         if settings.top_p != 1:
             body["top_p"] = settings.top_p
+        if wanted.tools:
+            body["tools"] = [forms.anthropic_tool(tool) for tool in wanted.tools]
+        if wanted.json_schema is not None:
+            # Without a beta header since early 2026; before that it was `output_format`.
+            body["output_config"] = {"format": {"type": "json_schema", "schema": wanted.json_schema}}
         return body
 
     def read(self, raw: bytes) -> Read:
@@ -77,7 +81,9 @@ class AnthropicMessages:
             return _nothing(MALFORMED, model)._replace(usage=usage)
         counts = (usage.prompt, usage.completion) if usage else (0, 0)
         reasoning = _joined(blocks, "thinking") or None
-        return Read(Parsed(_joined(blocks, "text"), reasoning, _REASONS.get(stop, stop), model, *counts), usage)
+        calls = forms.read_items(blocks, "tool_use", "id", "input")
+        said = Parsed(_joined(blocks, "text"), reasoning, _REASONS.get(stop, stop), model, *counts, tool_calls=calls)
+        return Read(said, usage)
 
 
 def _joined(blocks: Sequence[JsonValue], kind: str) -> str:

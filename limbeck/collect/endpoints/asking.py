@@ -26,6 +26,8 @@ from limbeck.records import Digest
 
 T = TypeVar("T")
 
+_TICK = 1.0
+"""Seconds."""
 _SPARE, _SPARE_SHARE = 32, 4
 """Requests that are made ready while as many as may be are under way: so many, or one in so many of those where that is
 more. While they wait for the disk, others are answered."""
@@ -96,10 +98,21 @@ async def _ask(
             status=status,
             known_good=purpose.known_good,
         )
+        ticking = asyncio.create_task(_tick(status))
         spare = min(purpose.concurrency, max(_SPARE, purpose.concurrency // _SPARE_SHARE))
-        with _quick_to_switch():
-            stopped = await sender.run(purpose.concurrency + spare)
+        try:
+            with _quick_to_switch():
+                stopped = await sender.run(purpose.concurrency + spare)
+        finally:
+            ticking.cancel()
     return Asked(status.answers, status.tokens, stopped, isinstance(stopped, Fatal))
+
+
+async def _tick(status: Status) -> None:
+    """Say where things stand also while nothing comes back."""
+    while True:
+        await asyncio.sleep(_TICK)
+        status.tell()
 
 
 @contextmanager

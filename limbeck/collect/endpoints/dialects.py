@@ -8,11 +8,15 @@ from typing import NamedTuple, Protocol
 from pydantic import JsonValue
 
 from limbeck import recipe
+from limbeck.collect.contents import Wanted
 from limbeck.collect.endpoints.reply import Usage
 from limbeck.collect.teachers import Parsed
 from limbeck.records import Message
 
 Body = Mapping[str, JsonValue]
+
+NOTHING = Wanted()
+"""Neither tools nor a schema."""
 
 
 class Read(NamedTuple):
@@ -37,8 +41,10 @@ class Dialect(Protocol):
         """Headers beside the content type; the key goes here and nowhere else."""
         ...
 
-    def body(self, model: str, messages: Sequence[Message], settings: recipe.Collect, seed: int) -> Body:
-        """What is sent. Raises `ValueError` with what it cannot ask."""
+    def body(
+        self, model: str, messages: Sequence[Message], settings: recipe.Collect, seed: int, wanted: Wanted = NOTHING
+    ) -> Body:
+        """What is sent; `wanted` are tools and schema. Raises `ValueError` with what it cannot ask."""
         ...
 
     def read(self, raw: bytes) -> Read:

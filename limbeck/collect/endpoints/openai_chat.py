@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from pydantic import JsonValue
 
 from limbeck import recipe
-from limbeck.collect.endpoints.dialects import Body, Read
+from limbeck.collect.contents import Wanted
+from limbeck.collect.endpoints import forms
+from limbeck.collect.endpoints.dialects import NOTHING, Body, Read
 from limbeck.collect.endpoints.reply import (
     MALFORMED,
     document,
@@ -54,17 +56,25 @@ class OpenAIChat:
         """See `Dialect.headers`."""
         return {"Authorization": f"Bearer {key}"} if key else {}
 
-    def body(self, model: str, messages: Sequence[Message], settings: recipe.Collect, seed: int) -> Body:
+    def body(
+        self, model: str, messages: Sequence[Message], settings: recipe.Collect, seed: int, wanted: Wanted = NOTHING
+    ) -> Body:
         """See `Dialect.body`. `top_p` is left out where it is 1, because some models refuse it."""
         body: dict[str, JsonValue] = {
             "model": model,
-            "messages": [message.model_dump(mode="json") for message in messages],
+            "messages": [forms.chat_message(message) for message in messages],
             self._limit_key: settings.max_tokens,
             "temperature": settings.temperature,
             "seed": seed,
         }
         if settings.top_p != 1:
             body["top_p"] = settings.top_p
+        if wanted.tools:
+            body["tools"] = [forms.chat_tool(tool) for tool in wanted.tools]
+        if wanted.json_schema is not None:
+            body["response_format"] = forms.response_format(wanted.json_schema)
+        if settings.logprobs is not None:
+            body |= {"logprobs": True, "top_logprobs": settings.logprobs}
         return body
 
     def read(self, raw: bytes) -> Read:
@@ -84,7 +94,8 @@ class OpenAIChat:
             return _nothing(MALFORMED, model)._replace(usage=usage)
         answer, reasoning, reason = _said(message, choice.get("finish_reason"))
         counts = (usage.prompt, usage.completion) if usage else (0, 0)
-        return Read(Parsed(answer, reasoning, reason, model, *counts), usage)
+        calls = forms.read_chat_calls(message.get("tool_calls"))
+        return Read(Parsed(answer, reasoning, reason, model, *counts, tool_calls=calls), usage)
 
 
 def _said(message: Mapping[str, JsonValue], finish: JsonValue) -> tuple[str, str | None, str]:

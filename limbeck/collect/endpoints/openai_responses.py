@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from pydantic import JsonValue
 
 from limbeck import recipe
-from limbeck.collect.endpoints.dialects import Body, Read
+from limbeck.collect.contents import Wanted
+from limbeck.collect.endpoints import forms
+from limbeck.collect.endpoints.dialects import NOTHING, Body, Read
 from limbeck.collect.endpoints.reply import (
     MALFORMED,
     document,
@@ -42,19 +44,25 @@ class OpenAIResponses:
         """See `Dialect.headers`."""
         return {"Authorization": f"Bearer {key}"} if key else {}
 
-    def body(self, model: str, messages: Sequence[Message], settings: recipe.Collect, seed: int) -> Body:
+    def body(
+        self, model: str, messages: Sequence[Message], settings: recipe.Collect, seed: int, wanted: Wanted = NOTHING
+    ) -> Body:
         """See `Dialect.body`."""
-        if any(message.role == "tool" for message in messages):
-            raise ValueError("a message of role tool")
         body: dict[str, JsonValue] = {
             "model": model,
-            "input": [message.model_dump(mode="json") for message in messages],
+            "input": forms.response_items(messages),
             "max_output_tokens": settings.max_tokens,
             "temperature": settings.temperature,
             "store": False,
         }
         if settings.top_p != 1:
             body["top_p"] = settings.top_p
+        if wanted.tools:
+            body["tools"] = [forms.response_tool(tool) for tool in wanted.tools]
+        if wanted.json_schema is not None:
+            body["text"] = forms.text_format(wanted.json_schema)
+        if settings.logprobs is not None:
+            body |= {"include": ["message.output_text.logprobs"], "top_logprobs": settings.logprobs}
         return body
 
     def read(self, raw: bytes) -> Read:
@@ -72,7 +80,8 @@ class OpenAIResponses:
         answer, refusal = _parts(output, "output_text", "text"), _parts(output, "refusal", "refusal")
         counts = (usage.prompt, usage.completion) if usage else (0, 0)
         reason = "refusal" if refusal else _reason(found, output, status)
-        return Read(Parsed(answer or refusal, _reasoning(output), reason, model, *counts), usage)
+        calls = forms.read_items(output, "function_call", "call_id", "arguments")
+        return Read(Parsed(answer or refusal, _reasoning(output), reason, model, *counts, tool_calls=calls), usage)
 
 
 def _reason(found: Mapping[str, JsonValue], output: Sequence[JsonValue], status: str) -> str:

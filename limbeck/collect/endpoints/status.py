@@ -36,8 +36,12 @@ class Status:
     def _note(self) -> None:
         now = time.monotonic()
         if now - self._noted >= _EVERY:
-            self._noted = now
-            self._line.note(self.text())
+            self.tell()
+
+    def tell(self) -> None:
+        """Write the note."""
+        self._noted = time.monotonic()
+        self._line.note(self.text())
 
     def text(self) -> str:
         """Spend and cap, requests under way, errors by kind."""

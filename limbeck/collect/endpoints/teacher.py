@@ -9,6 +9,7 @@ import orjson
 from pydantic import JsonValue
 
 from limbeck import recipe
+from limbeck.collect.contents import Wanted, tools_of
 from limbeck.collect.endpoints.anthropic import AnthropicMessages
 from limbeck.collect.endpoints.batch_raw import batch_of, unwrapped
 from limbeck.collect.endpoints.dialects import Dialect
@@ -19,11 +20,18 @@ from limbeck.collect.rows import shown
 from limbeck.collect.teachers import Parsed, Request
 from limbeck.errors import Problem, PromptError
 from limbeck.ledger.canonical import canonical, digest_bytes
-from limbeck.records import Prompt, TeacherIdentity
+from limbeck.records import Prompt, TeacherIdentity, Tool
 from limbeck.seeds import derive_seed
 
-_OVERHEAD = 512
-"""Tokens that a server may put around what was sent: its chat template, a system prompt of its own."""
+_OVERHEAD, _OVERHEAD_TOOLS = 512, 1024
+"""Tokens that a server may put around what was sent: its chat template, a system prompt of its own; and around tools
+or a schema."""
+_IMAGE_TOKENS = 50_000
+"""The most that an image is billed for anywhere: 48,169, by OpenAI's rule for gpt-4o-mini in full detail (its guide to
+images, 2025)."""
+_IMAGE_MARKS = (b'"type":"image_url"', b'"type":"input_image"', b'"type":"image"')
+_TOOL_MARKS = (b'"tools":[', b'"json_schema"')
+"""What only a request's own keys look like: quotes inside of texts are escaped."""
 
 
 class Bound(NamedTuple):
@@ -103,7 +111,9 @@ class Endpoint:
         # 31 bits: what every server takes.
         seed = derive_seed(self._seed, "answer", prompt.id, sample) >> 32
         try:
-            body = self.dialect.body(self.settings.model, prompt.messages, self._collect, seed)
+            body = self.dialect.body(
+                self.settings.model, prompt.messages, self._collect, seed, wanted(prompt, self._collect)
+            )
         except ValueError as error:
             raise self._not_taken(prompt, str(error)) from None
         sent: dict[str, JsonValue] = {key: value for key, value in body.items() if key not in self.settings.omit}
@@ -145,4 +155,19 @@ class Endpoint:
         A tokenizer that knows bytes makes no more tokens of a text than it has bytes, and JSON makes the text no
         shorter; so the length of what is sent bounds the prompt.
         """
-        return Bound(len(wire) + _OVERHEAD, self._collect.max_tokens)
+        prompt = len(wire) + _OVERHEAD + _IMAGE_TOKENS * sum(map(wire.count, _IMAGE_MARKS))
+        prompt += _OVERHEAD_TOOLS * any(mark in wire for mark in _TOOL_MARKS)
+        return Bound(prompt, self._collect.max_tokens)
+
+
+def wanted(prompt: Prompt, collect: recipe.Collect) -> Wanted:
+    """What a prompt asks for: its own tools and schema, or the recipe's."""
+    tools = prompt.tools
+    if tools is None and collect.tools:
+        tools = _recipe_tools(orjson.dumps(collect.tools))
+    return Wanted(tools, prompt.json_schema if prompt.json_schema is not None else collect.json_schema)
+
+
+@lru_cache(maxsize=8)
+def _recipe_tools(written: bytes) -> tuple[Tool, ...]:
+    return tools_of(orjson.loads(written))
