@@ -179,5 +179,6 @@ def _processing(facts: Facts) -> list[Section]:
             "what was done against illegal content; the filters named here do not look for it"),)),
         Section("3.3", "Other information", (Answer(
             "Evidence", f"Made from a ledger with root sha256:{ledger.root} over "
-            f"{several(ledger.size, 'leaf', 'leaves')} and head {ledger.head}; {ledger.trust}; signed by {', '.join(ledger.keys) or 'nobody'}."),)),
+            f"{several(ledger.size, 'leaf', 'leaves')} and head {ledger.head}; {ledger.trust}; "
+            f"signed by {', '.join(ledger.keys) or 'nobody'}."),)),
     ]  # fmt: skip
