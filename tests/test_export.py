@@ -137,6 +137,7 @@ def related(relations: list[dict], source: str, kind: str) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:ConjunctiveGraph is deprecated:DeprecationWarning")  # rdflib, by itself
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # mlcroissant with pandas 3.1
 def test_croissant_is_valid_and_its_records_load(foreign, finished_run, tmp_path):
     import mlcroissant
 

@@ -136,9 +136,15 @@ def _teacher(facts: Facts, teacher: TeacherTold) -> Object:
     }
     if teacher.terms:
         told["supplier"] = {"name": teacher.terms.holder}
-        reference = {"type": "license", "url": address(teacher.terms.address), "comment": f"terms {teacher.terms.id}"}
+        reference: Object = {
+            "type": "license",
+            "url": address(teacher.terms.address),
+            "comment": f"terms {teacher.terms.id}",
+        }
         told["externalReferences"] = [reference]
-    return told | ({"licenses": _licences(facts.licence, "as it declares")} if own else {})
+    if own:
+        told["licenses"] = _licences(facts.licence, "as it declares")
+    return told
 
 
 def _answers(facts: Facts, teacher: TeacherTold) -> Object:

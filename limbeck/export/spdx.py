@@ -106,7 +106,11 @@ class _Document:
     def _signer(self, key: str | None) -> str:
         if key is None:
             return self.add("signer", "Agent", name="unknown: the ledger is not signed")
-        identifier = {"type": "ExternalIdentifier", "externalIdentifierType": "other", "identifier": f"ed25519:{key}"}
+        identifier: Object = {
+            "type": "ExternalIdentifier",
+            "externalIdentifierType": "other",
+            "identifier": f"ed25519:{key}",
+        }
         return self.add(f"signer-{key[:16]}", "Agent", name=f"holder of key {key}", externalIdentifier=[identifier])
 
     def _student(self) -> str:
