@@ -207,18 +207,21 @@ def canonical(value: Json, place: str) -> bytes:
 
 
 def _write(value: Json, parts: list[str], depth: int, place: str) -> None:
-    if depth > MAX_DEPTH:
+    if depth == MAX_DEPTH and isinstance(value, list | dict):
         raise MisshapenError(place, "nested too deeply", f"at most {MAX_DEPTH} levels")
     if value is None or isinstance(value, bool):
         parts.append({None: "null", True: "true", False: "false"}[value])
     elif isinstance(value, str):
         parts.append(json.dumps(value, ensure_ascii=False))
     elif isinstance(value, int):
+        if abs(value) > MAX_INTEGER:
+            raise MisshapenError(place, value, "an integer below 2^53")
         parts.append(str(value))
     elif isinstance(value, float):
         parts.append(number(value, place))
     elif isinstance(value, list):
-        if all(type(item) is int for item in value):  # columns of a share: one text instead of a million
+        # Columns of a share: one text instead of a million.
+        if all(type(item) is int and abs(item) <= MAX_INTEGER for item in value):
             parts.append("[" + ",".join(map(str, value)) + "]")
             return
         for at, item in enumerate(value):
@@ -774,7 +777,7 @@ class Yaml:
 
     def node(self, parent: int, depth: int) -> Json:
         """The value that begins on the current line, which is indented more than its parent."""
-        if depth > MAX_DEPTH:
+        if depth > MAX_DEPTH:  # `canonical` counts exactly; this keeps the reader itself from going deeper
             self.refuse(f"at most {MAX_DEPTH} levels")
         indent = self.indent()
         content = self.lines[self.at][indent:]

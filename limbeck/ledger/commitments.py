@@ -15,7 +15,7 @@ import yaml
 from limbeck.errors import LimbeckError, Problem
 from limbeck.ledger.canonical import canonical
 from limbeck.ledger.merkle.fields import Encoder, Leaf, commit, encode, entry_hash
-from limbeck.ledger.merkle.order import LeafSet, leaf_sets
+from limbeck.ledger.merkle.order import LeafSet, LeavesFactError, leaf_sets
 from limbeck.ledger.merkle.salts import Salts
 from limbeck.ledger.merkle.stored import WIDTH
 from limbeck.ledger.merkle.tree import Hash
@@ -50,10 +50,9 @@ def check_tree(ledger: Ledger, rows: Sequence[Row], entries: Sequence[Entry]) ->
         return known
     try:
         known.sets = leaf_sets(entries)
-    except ValueError as error:
-        known.problems.append(
-            Problem("ledger.db: facts of a seal entry", _short(error), "leaves of version 1", _CHANGED)
-        )
+    except LeavesFactError as error:
+        where = f"ledger.db: entry {error.index}: facts: leaves"
+        known.problems.append(Problem(where, _short(error), "leaves of version 1", _CHANGED))
     if known.problems or known.sets is None:
         return known
     known.size = ledger.tree.size

@@ -66,7 +66,7 @@ def seal(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
                 writer.write_table(_table(chunk))
                 chunk.clear()
         writer.write_table(_table(chunk))
-    fact = LeavesFact(count=count, nonce=nonce.hex(), salts=salts.id)
+    fact = LeavesFact(version=1, count=count, nonce=nonce.hex(), salts=salts.id)
     return {"leaves": fact.model_dump(mode="json"), "gate": NOT_ASKED}
 
 

@@ -15,7 +15,6 @@ Laws:
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from typing import NamedTuple, Self
 from pydantic import JsonValue, ValidationError
 
 from limbeck.errors import InputError, Problem, RunDirError, VerificationError, as_disk_full
-from limbeck.ledger.canonical import EMPTY, canonical, digest_bytes, iso
+from limbeck.ledger.canonical import DEEPEST, EMPTY, canonical, digest_bytes, exact, iso, read_json, refuse_deep
 from limbeck.ledger.code import code_version
 from limbeck.ledger.layout import APPLICATION_ID, FORMAT, SCHEMA, TREE
 from limbeck.ledger.merkle.fields import entry_hash
@@ -39,9 +38,6 @@ _WAIT_SECONDS = 30.0
 """How long to wait for another process that holds the file."""
 
 _AGAIN = "; run the same recipe again to bring it up to date"
-
-_EXACT = 2**53
-"""Integers from here on are not exact in JSON (RFC 7493 section 2.2)."""
 
 
 class Row(NamedTuple):
@@ -69,17 +65,7 @@ def parse_entry(body: str | bytes) -> Entry:
     """The entry of a stored body: `entry_body(parse_entry(b)) == b` for every b that `entry_body` made.
     Raises `ValueError`.
     """
-    return Entry.model_validate(json.loads(body, parse_int=_number, parse_constant=_refuse_constant))
-
-
-def _number(digits: str) -> int | float:
-    """RFC 8785 writes the float 1e20 without an exponent; it must come back as the float it was."""
-    value = int(digits)
-    return value if -_EXACT < value < _EXACT else float(digits)
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
+    return Entry.model_validate(read_json(body))
 
 
 class Ledger:
@@ -136,7 +122,7 @@ class Ledger:
             VerificationError: the ledger as it stands is broken; nothing is added.
 
         """
-        if problems := _unsayable("facts", dict(facts)):
+        if problems := [*_deep(facts), *_unsayable("facts", dict(facts))]:
             raise InputError(f"the facts of stage {stage} cannot be recorded", problems)
         code = code_version()
         self._db.execute("BEGIN IMMEDIATE")
@@ -251,6 +237,14 @@ def _one_line(error: Exception) -> str:
     return str(error)
 
 
+def _deep(facts: Mapping[str, object]) -> list[Problem]:
+    try:
+        refuse_deep({"facts": dict(facts)})
+    except ValueError as error:
+        return [Problem("facts", str(error), f"at most {DEEPEST} levels with the entry itself", "record it as text")]
+    return []
+
+
 def _unsayable(key: str, value: object) -> list[Problem]:
     """Every value in a JSON tree that RFC 8785 has no bytes for."""
     if isinstance(value, Mapping):
@@ -259,8 +253,10 @@ def _unsayable(key: str, value: object) -> list[Problem]:
         return [p for place, inner in enumerate(value) for p in _unsayable(f"{key}[{place}]", inner)]
     try:
         canonical(value)
+        if not exact(value):
+            raise ValueError("JSON writes it like an integer, and from 2**53 on those are not exact")
     except ValueError as error:
-        expected = "text, true, false, null, a finite number, or an integer below 2**53"
+        expected = "text, true, false, null, or a finite number: below 2**53 where JSON has no exponent for it"
         return [Problem(key, f"{value!r} ({error})", expected, "leave it out, or record it as text with the reason")]
     return []
 

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import yaml
 
 from limbeck.errors import Problem, RunDirError
-from limbeck.ledger.canonical import CARD, EMPTY, digest_json, digest_path, manifest
+from limbeck.ledger.canonical import CARD, EMPTY, digest_json, digest_path, manifest, refuse_deep
 from limbeck.ledger.paths import OutsideError, refuse_other_than_run, safe_path
 from limbeck.ledger.staleness import inside_run, overtaken
 from limbeck.ledger.store import Ledger, Row, chain_problems, entry_body, parse_entry
@@ -215,7 +215,9 @@ def _recipe(root: Path, entries: Sequence[Entry]) -> list[Problem]:
         text = (root / "recipe.yaml").read_text(encoding="utf-8")
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise ValueError("YAML aliases, which no run writes")
-        digest = digest_json(yaml.safe_load(text))
+        recipe = yaml.safe_load(text)
+        refuse_deep(recipe)
+        digest = digest_json(recipe)
     except OutsideError as error:
         return list(error.problems)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
