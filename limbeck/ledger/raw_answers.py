@@ -10,7 +10,10 @@ from __future__ import annotations
 import json
 import sqlite3
 import zlib
-from datetime import datetime
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -18,6 +21,7 @@ import zstandard
 
 from limbeck.errors import Problem
 from limbeck.ledger.canonical import digest_bytes, digest_json
+from limbeck.ledger.columns import read_value
 from limbeck.records import Completion
 
 _ASKED = ("sample", "weights")
@@ -25,7 +29,10 @@ _SAID = ("text", "finish_reason", "model", "prompt_tokens", "completion_tokens")
 """What a completion takes over as it is from a request and an answer of form `local/1`."""
 
 _LONGEST = 2**28
-"""Bytes."""
+"""Bytes of an answer, packed or not."""
+_ASK = 256
+"""Keys in one question; SQLite's least limit on parameters is 999."""
+_BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 
 _REMEDY = "put back journal.db as the run wrote it; what the teacher said is nowhere else"
 
@@ -36,6 +43,23 @@ class RawAnswer(NamedTuple):
     request: bytes
     raw: bytes
     created: str
+
+
+class Expected(NamedTuple):
+    """What a completion says of its request and of its raw answer."""
+
+    request_id: str
+    response: str
+    created: int
+    """Microseconds since 1970."""
+    messages: list[dict[str, str]]
+    sample: int
+    weights: str | None
+    text: str
+    finish_reason: str
+    model: str
+    prompt_tokens: int
+    completion_tokens: int
 
 
 class RawAnswers:
@@ -53,6 +77,8 @@ class RawAnswers:
         rests = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
         self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro{rests}", uri=True, timeout=30)
         self._db.execute("PRAGMA trusted_schema = OFF")
+        self._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
+        self._unpacker = zstandard.ZstdDecompressor()
         self.unread = 0
         """Answers of a form that this version cannot read; their digests were compared all the same."""
 
@@ -66,9 +92,52 @@ class RawAnswers:
         """The answer journaled for a request. Raises `ValueError` where its bytes are damaged."""
         row = self._db.execute("SELECT request, raw, created FROM answers WHERE key = ?", (key,)).fetchone()
         try:
-            return RawAnswer(_unpacked(row[0]), _unpacked(row[1]), str(row[2])) if row else None
+            return RawAnswer(self._unpacked(row[0]), self._unpacked(row[1]), str(row[2])) if row else None
         except (zlib.error, zstandard.ZstdError, TypeError) as error:
             raise ValueError(f"what lies under {key} does not unpack ({error})") from None
+
+    def agree(self, completions: Sequence[Expected]) -> bool:
+        """Whether each of the completions says what its raw answer does: whether `differences` of none would tell any.
+        Raises what SQLite and the unpackers raise for damaged bytes.
+        """
+        for first in range(0, len(completions), _ASK):
+            asked = {one.request_id: one for one in completions[first : first + _ASK]}
+            if len(asked) != len(completions[first : first + _ASK]):
+                return False
+            marks = ", ".join("?" * len(asked))
+            rows = self._db.execute(f"SELECT key, request, raw, created FROM answers WHERE key IN ({marks})", [*asked])
+            for key, request, raw, created in rows:
+                expected = asked.pop(key, None)
+                if expected is None or _micros(created) != expected.created:
+                    return False
+                if not self._says(expected, self._unpacked(request), self._unpacked(raw)):
+                    return False
+            if asked:
+                return False
+        return True
+
+    def _says(self, expected: Expected, request: bytes, raw: bytes) -> bool:
+        if f"sha256:{sha256(request).hexdigest()}" != expected.request_id:
+            return False
+        if f"sha256:{sha256(raw).hexdigest()}" != expected.response:
+            return False
+        texts = request.decode(), raw.decode()
+        (asked, first), (said, last) = map(read_value, texts)
+        if (first, last) != (len(texts[0]), len(texts[1])):
+            return False
+        if type(asked) is not dict or type(said) is not dict or not asked.get("form") == said.get("form") == "local/1":
+            self.unread += 1
+            return True
+        return (
+            asked.get("messages") == expected.messages
+            and asked.get("sample") == expected.sample
+            and asked.get("weights") == expected.weights
+            and said.get("text") == expected.text
+            and said.get("finish_reason") == expected.finish_reason
+            and said.get("model") == expected.model
+            and said.get("prompt_tokens") == expected.prompt_tokens
+            and said.get("completion_tokens") == expected.completion_tokens
+        )
 
     def differences(self, where: str, completion: Completion) -> list[Problem]:
         """How a completion differs from the raw answer it was made from."""
@@ -95,6 +164,20 @@ class RawAnswers:
             if here != there
         ]
 
+    def _unpacked(self, data: bytes) -> bytes:
+        """A few packed bytes can stand for gigabytes; no answer of a teacher does. Raises `zlib.error` and
+        `zstandard.ZstdError`, `TypeError` for what are no bytes.
+        """
+        if data.startswith(zstandard.FRAME_HEADER):
+            if zstandard.frame_content_size(data) > _LONGEST or zstandard.frame_content_size(data) < 0:
+                raise zstandard.ZstdError("longer than any answer, or of unknown length")
+            return self._unpacker.decompress(data, allow_extra_data=False)
+        stream = zlib.decompressobj()
+        found = stream.decompress(data, _LONGEST)
+        if not stream.eof or stream.unused_data:
+            raise zlib.error("cut off, followed by something, or longer than any answer")
+        return found
+
     def _read(self, found: RawAnswer, completion: Completion) -> list[tuple[str, object, object]]:
         """What the bytes say, beside what the completion says; nothing for a form that is unknown here."""
         try:
@@ -113,26 +196,13 @@ class RawAnswers:
         ]
 
 
-def _unpacked(data: bytes) -> bytes:
-    """A few packed bytes can stand for gigabytes; no answer of a teacher does."""
-    if data.startswith(zstandard.FRAME_HEADER):
-        return _unpacked_zstd(data)
-    stream = zlib.decompressobj()
-    found = stream.decompress(data, _LONGEST)
-    if not stream.eof or stream.unused_data:
-        raise zlib.error("cut off, followed by something, or longer than any answer")
-    return found
-
-
-def _unpacked_zstd(data: bytes) -> bytes:
-    size = zstandard.get_frame_parameters(data).content_size
-    if size > _LONGEST:
-        raise zstandard.ZstdError("longer than any answer, or of unknown length")
-    stream = zstandard.ZstdDecompressor().decompressobj()
-    found = stream.decompress(data)
-    if not stream.eof or stream.unused_data or len(found) != size:
-        raise zstandard.ZstdError("cut off, or followed by something")
-    return found
+@lru_cache(maxsize=4096)
+def _micros(text: str) -> int | None:
+    """A journaled time as microseconds since 1970; None without a zone. Raises `ValueError`. Answers that were written
+    together have the same.
+    """
+    when = datetime.fromisoformat(text)
+    return None if when.tzinfo is None else (when - _BEGINNING) // timedelta(microseconds=1)
 
 
 def _instant(text: str) -> datetime | str:
