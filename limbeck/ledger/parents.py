@@ -35,10 +35,14 @@ from limbeck.ledger.agreement import (
     verdicts_agree,
 )
 from limbeck.ledger.columns import raw_digest
+from limbeck.ledger.paths import read_bounded
 from limbeck.ledger.raw_answers import RawAnswers
 from limbeck.records import Completion, Prompt, Score, Split, Verdict
 from limbeck.rundir import RunDir
 from limbeck.tables import read_records
+
+_LONGEST = 2**24
+"""Bytes of a file of JSON."""
 
 _REMEDY = "put back the files as the run wrote them, or run the same recipe again"
 
@@ -244,7 +248,7 @@ def _examples(root: Path, known: _Known, _: frozenset[str]) -> Iterator[Problem]
     if counts is None:
         counts = dict[str, Counter[str]]()
         yield from _each_example(path, known, counts)
-    manifest = json.loads((root / "examples" / "manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads(read_bounded(root / "examples" / "manifest.json", _LONGEST))
     for split, said in manifest["counts"].items():
         found = dict(counts.get(split, Counter(examples=0, tokens=0, supervised=0)))
         if found != said:
@@ -276,7 +280,7 @@ def _each_example(path: Path, known: _Known, counts: dict[str, Counter[str]]) ->
 
 
 def _scores(root: Path, _: _Known, __: frozenset[str]) -> Iterator[Problem]:
-    scores = TypeAdapter(list[Score]).validate_json((root / "scores.json").read_bytes())
+    scores = TypeAdapter(list[Score]).validate_json(read_bounded(root / "scores.json", _LONGEST))
     for place, score in enumerate(scores):
         if (score.value is None) == (score.unscored is None):
             yield Problem(

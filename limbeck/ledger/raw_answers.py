@@ -8,7 +8,9 @@ here, not by the teacher, which needs torch. The layout is that of the journal's
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
+import tempfile
 import zlib
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -28,8 +30,10 @@ _ASKED = ("sample", "weights")
 _SAID = ("text", "finish_reason", "model", "prompt_tokens", "completion_tokens")
 """What a completion takes over as it is from a request and an answer of form `local/1`."""
 
-_LONGEST = 2**28
+_LONGEST = 2**26
 """Bytes of an answer, packed or not."""
+_LONGEST_READ = 2**24
+"""Bytes of an answer of form `local/1`: as Python objects, JSON can take twenty times as many."""
 _ASK = 256
 """Keys in one question; SQLite's least limit on parameters is 999."""
 _BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
@@ -66,18 +70,34 @@ class RawAnswers:
     """RUN/journal.db, open for reading. A context manager.
 
     Raises:
-        OSError, sqlite3.DatabaseError: it is not there, or is no SQLite file.
+        OSError, sqlite3.DatabaseError, ValueError: it is not there, is no SQLite file, or one with other tables.
 
     """
 
     def __init__(self, path: Path):
-        if not path.is_file():
+        if path.is_symlink() or not path.is_file():
             raise FileNotFoundError(2, "no such file", str(path))
-        # A file in WAL mode that nobody uses is read without writing only if SQLite is told that it rests.
-        rests = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
-        self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro{rests}", uri=True, timeout=30)
-        self._db.execute("PRAGMA trusted_schema = OFF")
-        self._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
+        self._copy: tempfile.TemporaryDirectory[str] | None = None
+        beside = path.with_name(path.name + "-wal")
+        if path.with_name(path.name + "-journal").exists():
+            raise ValueError("journal.db-journal beside it, which no journal leaves")
+        if beside.is_symlink() or (beside.exists() and not beside.is_file()):
+            raise ValueError("journal.db-wal is no file")
+        if beside.exists() and beside.stat().st_size:
+            # Whoever opens a file in WAL mode writes beside it, unless told that it rests, and this one does not.
+            self._copy = tempfile.TemporaryDirectory(prefix="limbeck-journal-")
+            path = Path(shutil.copy(path, Path(self._copy.name) / path.name))
+            shutil.copy(beside, path.with_name(beside.name))
+        rests = "ro&immutable=1" if self._copy is None else "rw"
+        self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={rests}", uri=True, timeout=30)
+        try:
+            self._db.execute("PRAGMA trusted_schema = OFF")
+            self._db.execute("PRAGMA cell_size_check = ON")
+            self._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
+            _refuse_other_tables(self._db)
+        except BaseException:
+            self.__exit__()
+            raise
         self._unpacker = zstandard.ZstdDecompressor()
         self.unread = 0
         """Answers of a form that this version cannot read; their digests were compared all the same."""
@@ -87,6 +107,8 @@ class RawAnswers:
 
     def __exit__(self, *_: object) -> None:
         self._db.close()
+        if self._copy is not None:
+            self._copy.cleanup()
 
     def find(self, key: str) -> RawAnswer | None:
         """The answer journaled for a request. Raises `ValueError` where its bytes are damaged."""
@@ -121,6 +143,9 @@ class RawAnswers:
             return False
         if f"sha256:{sha256(raw).hexdigest()}" != expected.response:
             return False
+        if len(request) + len(raw) > _LONGEST_READ:
+            self.unread += 1
+            return True
         texts = request.decode(), raw.decode()
         (asked, first), (said, last) = map(read_value, texts)
         if (first, last) != (len(texts[0]), len(texts[1])):
@@ -181,6 +206,8 @@ class RawAnswers:
     def _read(self, found: RawAnswer, completion: Completion) -> list[tuple[str, object, object]]:
         """What the bytes say, beside what the completion says; nothing for a form that is unknown here."""
         try:
+            if len(found.request) + len(found.raw) > _LONGEST_READ:
+                raise ValueError("longer than any answer of this form")
             asked, said = json.loads(found.request), json.loads(found.raw)
             known = asked["form"] == said["form"] == "local/1"
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -194,6 +221,28 @@ class RawAnswers:
             *((f"{name} asked", asked.get(name), getattr(completion, name)) for name in _ASKED),
             *((f"{name} answered", said.get(name), getattr(completion, name)) for name in _SAID),
         ]
+
+
+_TABLES = frozenset(
+    {
+        "CREATE TABLE answers (key TEXT PRIMARY KEY NOT NULL, request BLOB NOT NULL, raw BLOB NOT NULL, "
+        "response TEXT NOT NULL, created TEXT NOT NULL)",
+        "CREATE TABLE refused (key TEXT NOT NULL, raw BLOB NOT NULL, response TEXT NOT NULL, created TEXT NOT NULL)",
+        "CREATE TABLE sent (number INTEGER PRIMARY KEY NOT NULL, key TEXT NOT NULL, account TEXT NOT NULL, "
+        "held INTEGER NOT NULL, cost INTEGER, outcome TEXT, started TEXT NOT NULL, ended TEXT)",
+        "CREATE INDEX sent_open ON sent (number) WHERE outcome IS NULL",
+    }
+)
+"""What a journal of any version holds. Anything else, such as a view, could have SQLite compute without end."""
+
+
+def _refuse_other_tables(db: sqlite3.Connection) -> None:
+    """Raises `ValueError` for a database with other tables than a journal's, before anything of them is read."""
+    found = [sql for (sql,) in db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL LIMIT 100")]
+    if strange := sorted(str(sql)[:120] for sql in found if sql not in _TABLES):
+        raise ValueError(f"holds what no journal does: {strange[0]}")
+    if not any(str(sql).startswith("CREATE TABLE answers ") for sql in found):
+        raise ValueError("holds no table of answers")
 
 
 @lru_cache(maxsize=4096)

@@ -40,6 +40,10 @@ _WAIT_SECONDS = 30.0
 _AGAIN = "; run the same recipe again to bring it up to date"
 
 
+LONGEST_BODY = 2**24
+"""Bytes of a value that a verifier reads."""
+
+
 class Row(NamedTuple):
     """One row as it lies in the file, nothing believed yet."""
 
@@ -75,12 +79,17 @@ class Ledger:
         RunDirError: the path holds something that is not a ledger, or (`read_only`) nothing.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False):
+    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False, as_it_lies: bool = False):
+        """`as_it_lies` reads a file that nobody vouches for: no byte of it or beside it is changed, not even to undo an
+        append that a crash cut off, and no value is longer than `LONGEST_BODY`.
+        """
         self.path = Path(path)
         if read_only and not self.path.is_file():
             raise _not_a_ledger(self.path, "no such file")
+        if as_it_lies and (found := at_rest(self.path)):
+            raise _not_a_ledger(self.path, found)
         try:
-            self._db = _connect(self.path, read_only)
+            self._db = _connect(self.path, read_only, as_it_lies)
             try:
                 _prepare(self._db, self.path, read_only)
             except BaseException:
@@ -161,7 +170,12 @@ class Ledger:
 
     def rows(self) -> list[Row]:
         """All rows in the order of their index, unchecked. Raises what SQLite raises for a damaged file."""
-        return [Row(*row) for row in self._db.execute("SELECT idx, digest, body FROM entries ORDER BY idx")]
+        rows: list[Row] = []
+        for row in self._db.execute("SELECT idx, digest, body FROM entries ORDER BY idx"):
+            if rows and not row[0] > rows[-1].position:  # pages that are reached twice, without an end
+                raise sqlite3.DatabaseError("entries that do not ascend")
+            rows.append(Row(*row))
+        return rows
 
     def entries(self) -> list[Entry]:
         """All entries, oldest first. Raises `VerificationError` with every break of the chain."""
@@ -190,15 +204,17 @@ class Ledger:
 
     def schema_problems(self) -> list[Problem]:
         """Every way in which the file's tables and triggers are not those of a ledger, and what SQLite itself
-        finds wrong with the file.
+        finds wrong with the file: that is not asked where tables are others, since they could have it compute things.
         """
-        found = dict(self._db.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
+        found = dict(self._db.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL LIMIT 100"))
         problems = [
             Problem(f"{self.path}: {name}", found.get(name) or "nothing", SCHEMA.get(name) or "nothing", _CHANGED)
             for name in sorted({*found, *SCHEMA})
             if found.get(name) != SCHEMA.get(name)
         ]
-        return problems + [
+        if problems:
+            return problems
+        return [
             Problem(str(self.path), text, "a sound SQLite file", _CHANGED)
             for (text,) in self._db.execute("PRAGMA integrity_check")
             if text != "ok"
@@ -261,15 +277,29 @@ def _unsayable(key: str, value: object) -> list[Problem]:
     return []
 
 
-def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
+def at_rest(path: Path) -> str:
+    """Why an SQLite file cannot be read as it lies, without a look at anything beside it; empty where it can."""
+    if path.is_symlink():
+        return "a symbolic link"
+    for end in ("-journal", "-wal"):
+        beside = path.with_name(path.name + end)
+        if beside.is_symlink() or (beside.exists() and (not beside.is_file() or beside.stat().st_size)):
+            return f"{beside.name} beside it: a write was cut off or is under way; let limbeck finish it first"
+    return ""
+
+
+def _connect(path: Path, read_only: bool, as_it_lies: bool = False) -> sqlite3.Connection:
     """A reader opens the file for writing where it may, only so that SQLite can undo an append that a crash
     cut off.
     """
-    mode = "rw" if read_only else "rwc"
+    mode = "ro&immutable=1" if as_it_lies else "rw" if read_only else "rwc"
     uri = f"{path.absolute().as_uri()}?mode={mode}"
     db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=_WAIT_SECONDS)
     db.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
     db.execute("PRAGMA trusted_schema = OFF")
+    if as_it_lies:
+        db.execute("PRAGMA cell_size_check = ON")
+        db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_BODY)
     return db
 
 

@@ -34,7 +34,7 @@ import yaml
 
 from limbeck.errors import Problem, RunDirError
 from limbeck.ledger.canonical import CARD, EMPTY, digest_json, digest_path, manifest, refuse_deep
-from limbeck.ledger.paths import OutsideError, refuse_other_than_run, safe_path
+from limbeck.ledger.paths import OutsideError, read_bounded, refuse_other_than_run, safe_path
 from limbeck.ledger.staleness import inside_run, overtaken
 from limbeck.ledger.store import Ledger, Row, chain_problems, entry_body, parse_entry
 from limbeck.records import Digest, Entry
@@ -52,6 +52,9 @@ CAPTURE = "a ledger shows what was recorded; it does not show that what was capt
 
 _OURS = frozenset({"recipe.yaml", "ledger.db", "journal.db"})
 """Files of RUN that no stage writes as a whole."""
+
+_LONGEST_RECIPE = 2**18
+"""Bytes."""
 
 _REDO = "put back what the run wrote, or run the same recipe again: it is then done anew, and the ledger says so"
 
@@ -154,8 +157,11 @@ def _read_ledger(root: Path) -> _Read:
     from limbeck.ledger.commitments import Tree, check_tree
 
     try:
-        with Ledger(safe_path(root, "ledger.db"), read_only=True) as ledger:
-            problems, rows = ledger.schema_problems(), ledger.rows()
+        with Ledger(safe_path(root, "ledger.db"), read_only=True, as_it_lies=True) as ledger:
+            problems = ledger.schema_problems()
+            if problems:  # a view could be endless, and a damaged file hold the same page everywhere
+                return _Read([], [], problems, Tree())
+            rows = ledger.rows()
             entries = list(_entries(rows))
             tree = check_tree(ledger, rows, entries)
     except RunDirError as error:
@@ -211,8 +217,7 @@ def _latest_outputs(entries: Sequence[Entry]) -> dict[str, tuple[Entry, Digest]]
 def _recipe(root: Path, entries: Sequence[Entry]) -> list[Problem]:
     """Taken from the text, not from today's `Recipe`: one with more keys must still verify older runs."""
     try:
-        safe_path(root, "recipe.yaml")
-        text = (root / "recipe.yaml").read_text(encoding="utf-8")
+        text = read_bounded(safe_path(root, "recipe.yaml"), _LONGEST_RECIPE).decode()
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise ValueError("YAML aliases, which no run writes")
         recipe = yaml.safe_load(text)

@@ -44,8 +44,7 @@ FAULTS = [
     Fault(
         "a body of 20 MB",
         lambda c: c.sql("UPDATE entries SET body = printf('%.*c', 20000000, '[') WHERE idx = 13"),
-        "ledger.db",
-        "entry 13",
+        "too big",
     ),
     # entries, and everything written anew without signing
     Fault("an entry dropped, the rest written anew", dropped, "entry 7: envelope", "entry 7"),

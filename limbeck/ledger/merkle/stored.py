@@ -119,8 +119,15 @@ class StoredTree:
                 due[1, size // BLOCK - 1] = root(_cut(block))
                 block = b""
         due |= _above(due)
-        rows = self._db.execute("SELECT level, place, hash FROM subtrees")
-        found = {(level, place): bytes(h) if isinstance(h, bytes) else b"" for level, place, h in rows}
+        found: dict[tuple[int, int], bytes] = {}
+        before: tuple[int, int] | None = None
+        for level, place, h in self._db.execute("SELECT level, place, hash FROM subtrees ORDER BY level, place"):
+            if type(level) is not int or type(place) is not int or (before is not None and (level, place) <= before):
+                found_here = f"level {str(level)[:40]}, place {str(place)[:40]}"
+                where, expected = "ledger.db: subtrees", "ascending levels and places"
+                return [*problems, Problem(where, found_here, expected, _CHANGED)]
+            before = level, place
+            found[before] = h if isinstance(h, bytes) and len(h) == WIDTH else b""
         return problems + [
             Problem(
                 f"ledger.db: subtree {key[1]} of level {key[0]}",
