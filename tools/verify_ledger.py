@@ -1031,7 +1031,8 @@ def stored_leaves(db: sqlite3.Connection, findings: Findings) -> Iterator[bytes]
             findings.add(place, f"begins with leaf {first}", f"begins with leaf {expected}")
             return
         if kind != b"blob" or not data or len(data) % 32:
-            findings.add(place, f"{len(data)} bytes of {kind.decode()}", "hashes of 32 bytes each")
+            found = f"{len(data)} bytes" if kind == b"blob" else kind.decode()
+            findings.add(place, found, "hashes of 32 bytes each")
             return
         expected += len(data) // 32
         if first // 256 != (expected - 1) // 256:

@@ -12,7 +12,7 @@ import sqlite3
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -26,7 +26,6 @@ from limbeck.ledger.columns import (
     batches,
     completion_id,
     example_id,
-    open_table,
     raw_digest,
     read_messages,
 )
@@ -109,29 +108,24 @@ def _quiet(ask: Callable[P, T | None]) -> Callable[P, T | None]:
     return asked
 
 
-def _rows(path: Path, record: type, empty: Sequence[str]) -> Iterator[list[Any]]:
-    """A table's columns in pieces, in the order of the record's fields, once it has exactly these, and no gaps but in
-    the columns `empty`. Raises `ValueError`.
-    """
-    due = schema(record)
-    with open_table(path) as file:
-        if not file.schema_arrow.equals(due):
-            raise ValueError("other columns")
-    for batch in batches(path, due.names):
-        if any(batch.column(name).null_count for name in due.names if name not in empty):
-            raise ValueError("something is missing")
-        yield [
-            batch.column(name).cast(pa.int64()) if pa.types.is_timestamp(due.field(name).type) else batch.column(name)
-            for name in due.names
-        ]
+def _rows(path: Path, record: type) -> Iterator[list[Any]]:
+    """A table's columns in pieces, in the order of the record's fields. Raises `ValueError` for a table of others."""
+    names = schema(record).names
+    for batch in batches(path, names, all_=True):
+        yield [_values(batch.column(name)) for name in names]
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """Times as microseconds since 1970."""
+    return (column.cast(pa.int64()) if pa.types.is_timestamp(column.type) else column).to_pylist()
 
 
 @_quiet
 def prompts_agree(path: Path) -> Prompts | None:
     """Every prompt's id is the digest of its messages, and none comes twice."""
     found = Prompts()
-    for columns in _rows(path, Prompt, ("writer",)):
-        ids, messages, _, _, splits, _ = (column.to_pylist() for column in columns)
+    for columns in _rows(path, Prompt):
+        ids, messages, _, _, splits, _ = columns
         for name, text, split in zip(ids, messages, splits, strict=True):
             told = read_messages(text)
             if told is None or told.digest != name or split not in ("train", "held_out"):
@@ -145,9 +139,9 @@ def prompts_agree(path: Path) -> Prompts | None:
 def completions_agree(path: Path, prompts: Prompts, terms: Mapping[str, str] | None, raw: RawAnswers) -> Answers | None:
     """Every completion fits its prompt, the recipe's terms, and the raw answer that it was read from."""
     answers, twice = Answers(), Twice(len(prompts.held_out))
-    for columns in _rows(path, Completion, ("reasoning", "weights")):
+    for columns in _rows(path, Completion):
         expected: list[Expected] = []
-        for row in map(_Row, *(column.to_pylist() for column in columns)):
+        for row in map(_Row, *columns):
             place, told = prompts.places.get(raw_digest(row.prompt_id)), read_messages(row.messages)
             if (
                 place < 0
@@ -197,12 +191,18 @@ class _Row(NamedTuple):
     split: str
 
 
+def verdict_rows(path: Path) -> Iterator[Verdict]:
+    """Verdicts of exactly their columns and types. Raises `ValueError`."""
+    for columns in _rows(path, Verdict):
+        yield from map(Verdict, *columns)
+
+
 @_quiet
 def verdicts_agree(path: Path, answers: Answers) -> bytearray | None:
     """There is one verdict for each completion, in their order; which of them are kept."""
     kept, names = bytearray(), iter(answers.places)
-    for columns in _rows(path, Verdict, ()):
-        _, _, _, completions, keeps, filters, _ = (column.to_pylist() for column in columns)
+    for columns in _rows(path, Verdict):
+        _, _, _, completions, keeps, filters, _ = columns
         for completion, keep, filter_ in zip(completions, keeps, filters, strict=True):
             if raw_digest(completion) != next(names, None) or keep == bool(filter_):
                 return None

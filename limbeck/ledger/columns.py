@@ -12,14 +12,17 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from limbeck.ledger.pages import dictionaries
 
 ROWS = 2048
 """Rows that are Python objects at a time. Reading ahead (`pre_buffer`) is off: it keeps what was read of all row groups
 until the end.
 """
-LONGEST_GROUP = 2**30
-"""Bytes that the columns of one row group may say they have, unpacked."""
+LONGEST_BATCH = 2**28
+"""Bytes of a column that are unpacked at a time."""
 _AHEAD = 64
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
 
@@ -150,29 +153,51 @@ class Places:
         return sum(self._data[32 * p : 32 * p + 32] == digest for p in map(int, order[first:last])) > 1
 
 
-def open_table(path: Path) -> pq.ParquetFile:
-    """A Parquet file, once what it says of its row groups is within bounds: reading unpacks one at a time. Raises
-    `ValueError`, and what pyarrow raises for damaged bytes.
+def batches(path: Path, names: Sequence[str], rows: int = ROWS, *, all_: bool = False) -> Iterator[pa.RecordBatch]:
+    """Some columns of a table of evidence, or `all_` that it may have, a few rows at a time: of the type that they have
+    to have, and with nothing missing where something has to be.
+
+    Raises `ValueError` for other columns and for more than is unpacked at a time, and what pyarrow raises for damaged
+    bytes.
     """
-    file = pq.ParquetFile(path, pre_buffer=False)
-    try:
-        for group in range(file.num_row_groups):
-            told = file.metadata.row_group(group)
-            size = max(
-                told.total_byte_size, *(told.column(at).total_uncompressed_size for at in range(told.num_columns)), 0
-            )
-            if size > LONGEST_GROUP or told.num_rows > LONGEST_GROUP:
-                raise ValueError(f"row group {group} has {told.num_rows} rows and {size} bytes, more than are read")
-    except BaseException:
-        file.close()
-        raise
-    return file
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        there = file.schema_arrow.names
+        if len(set(there)) < len(there) or not set(names) <= set(there) or (all_ and list(names) != there):
+            raise ValueError(f"columns {', '.join(there)[:200]}, not {', '.join(names)}")
+        largest = dictionaries(file, path, frozenset(names))
+    # One value of a dictionary can stand for all of a batch: those of large ones are counted, then written out.
+    coded = [name for name, size in largest.items() if size * rows > LONGEST_BATCH and name not in ("tokens", "mask")]
+    with pq.ParquetFile(path, pre_buffer=False, read_dictionary=coded) as file:
+        for batch in file.iter_batches(batch_size=rows, columns=list(names)):
+            yield pa.record_batch([_sound(name, batch.column(name)) for name in names], names=list(names))
 
 
-def batches(path: Path, names: Sequence[str], rows: int = ROWS) -> Iterator[pa.RecordBatch]:
-    """Some columns of a table, a few rows at a time. Raises as `open_table` does."""
-    with open_table(path) as file:
-        yield from file.iter_batches(batch_size=rows, columns=list(names))
+def _sound(name: str, column: pa.Array) -> pa.Array:
+    """A column of a batch, written out and of its type. Raises `ValueError`."""
+    if isinstance(column, pa.DictionaryArray):
+        lengths = pc.binary_length(column.dictionary).take(column.indices)
+        if (size := pc.sum(lengths.cast(pa.int64())).as_py() or 0) > LONGEST_BATCH:
+            raise ValueError(f"{size} bytes in a few rows of {name}, more than are read")
+        column = column.dictionary_decode()
+    due = _TYPES.get(name, pa.string())
+    found = column.type.value_type if pa.types.is_list(column.type) else column.type
+    if found != due or pa.types.is_list(column.type) != (name in ("tokens", "mask")):
+        raise ValueError(f"{name} is of type {column.type}, not {due}")
+    if column.null_count and name not in _MAY_BE_MISSING:
+        raise ValueError(f"{name} is missing in a row")
+    return column
+
+
+_TYPES = {
+    "created": pa.timestamp("us", tz="UTC"),
+    "leaf": pa.binary(32),
+    "mask": pa.bool_(),
+    "tokens": pa.int32(),
+    **dict.fromkeys(("sample", "prompt_tokens", "completion_tokens"), pa.int64()),
+    "keep": pa.bool_(),
+}
+"""Of columns that are no text; of lists, that of what is in them."""
+_MAY_BE_MISSING = frozenset({"reasoning", "weights", "writer"})
 
 
 def as_bytes(column: pa.ListArray, kind: str) -> Iterator[bytes]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -32,14 +32,17 @@ from limbeck.ledger.agreement import (
     example_rows,
     examples_agree,
     prompts_agree,
+    verdict_rows,
     verdicts_agree,
 )
-from limbeck.ledger.columns import raw_digest
+from limbeck.ledger.columns import batches, raw_digest
 from limbeck.ledger.paths import read_bounded
 from limbeck.ledger.raw_answers import RawAnswers
-from limbeck.records import Completion, Prompt, Score, Split, Verdict
+from limbeck.records import Completion, Prompt, Score, Split
 from limbeck.rundir import RunDir
-from limbeck.tables import read_records
+from limbeck.tables import records_of, schema
+
+R = TypeVar("R")
 
 _LONGEST = 2**24
 """Bytes of a file of JSON."""
@@ -86,9 +89,13 @@ def _prompts(root: Path, known: _Known, _: frozenset[str]) -> Iterator[Problem]:
         yield from _each_prompt(root / "prompts.parquet", known)
 
 
+def _records(path: Path, record: type[R]) -> Iterator[R]:
+    return records_of(batches(path, schema(record).names, all_=True), record)
+
+
 def _each_prompt(path: Path, known: _Known) -> Iterator[Problem]:
     found, before = Prompts(), set[bytes]()
-    for row, prompt in enumerate(read_records(path, Prompt)):
+    for row, prompt in enumerate(_records(path, Prompt)):
         where, key = f"prompts.parquet: row {row}", raw_digest(prompt.id)
         if (due := Prompt.id_of(prompt.messages)) != prompt.id:
             yield Problem(f"{where}: id", prompt.id, f"{due}, the digest of its messages", _REMEDY)
@@ -116,7 +123,7 @@ def _completions(root: Path, known: _Known, present: frozenset[str]) -> Iterator
 def _each_completion(path: Path, known: _Known, terms: dict[str, str] | None, journal: _Journal) -> Iterator[Problem]:
     answers, twice = Answers(), Twice(len(known.prompts.held_out) if known.prompts else 0)
     journal.unread = 0
-    for row, completion in enumerate(read_records(path, Completion)):
+    for row, completion in enumerate(_records(path, Completion)):
         where = f"completions.parquet: row {row}"
         place = known.prompts.places.get(raw_digest(completion.prompt_id)) if known.prompts is not None else -1
         if twice.seen(completion.prompt_id, completion.sample, completion.teacher, place):
@@ -134,7 +141,7 @@ def _each_completion(path: Path, known: _Known, terms: dict[str, str] | None, jo
 
 def _scattered(path: Path) -> Iterator[Problem]:
     keys: set[tuple[str, int, str]] = set()
-    for row, completion in enumerate(read_records(path, Completion)):
+    for row, completion in enumerate(_records(path, Completion)):
         key = (completion.prompt_id, completion.sample, completion.teacher)
         if key in keys:
             yield _second(f"completions.parquet: row {row}", completion)
@@ -226,7 +233,7 @@ def _verdicts(root: Path, known: _Known, _: frozenset[str]) -> Iterator[Problem]
 
 def _each_verdict(path: Path, answers: Answers | None, kept: bytearray) -> Iterator[Problem]:
     due = iter(answers.places) if answers else None
-    verdicts = read_records(path, Verdict)
+    verdicts = verdict_rows(path)
     for row, (verdict, answer) in enumerate(zip_longest(verdicts, due) if due else ((v, None) for v in verdicts)):
         where = f"verdicts.parquet: row {row}"
         if verdict is None or (due is not None and raw_digest(verdict.completion) != answer):

@@ -193,6 +193,8 @@ class RawAnswers:
         """A few packed bytes can stand for gigabytes; no answer of a teacher does. Raises `zlib.error` and
         `zstandard.ZstdError`, `TypeError` for what are no bytes.
         """
+        if not isinstance(data, bytes):
+            raise TypeError(f"a {type(data).__name__}, not bytes")
         if data.startswith(zstandard.FRAME_HEADER):
             if zstandard.frame_content_size(data) > _LONGEST or zstandard.frame_content_size(data) < 0:
                 raise zstandard.ZstdError("longer than any answer, or of unknown length")

@@ -20,7 +20,7 @@ from pydantic import JsonValue
 
 from limbeck.errors import InputError, Problem, StaleError
 from limbeck.ledger.canonical import iso
-from limbeck.ledger.columns import batches, completion_digest, open_table
+from limbeck.ledger.columns import batches, completion_digest
 from limbeck.ledger.merkle.fields import FIELDS, NOT_ASKED, Encoder, Leaf, Share, commit_hash
 from limbeck.ledger.merkle.order import LeafSet, LeavesFact
 from limbeck.ledger.merkle.salts import Salts
@@ -89,7 +89,7 @@ def read_rows(run: Path) -> Iterator[Row]:
 
 def read_row(run: Path, row: int) -> Row | None:
     """One row, read with no more than its neighbours; None where there is no such row."""
-    with open_table(run / LEAVES) as file:
+    with pq.ParquetFile(run / LEAVES, pre_buffer=False) as file:
         first = 0
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows

@@ -285,6 +285,12 @@ def at_rest(path: Path) -> str:
         beside = path.with_name(path.name + end)
         if beside.is_symlink() or (beside.exists() and (not beside.is_file() or beside.stat().st_size)):
             return f"{beside.name} beside it: a write was cut off or is under way; let limbeck finish it first"
+    with open(path, "rb") as file:
+        head = file.read(100)
+    if len(head) == 100 and max(head[18:20]) > 1:
+        return "an SQLite file whose journal mode is not that of a ledger"
+    if len(head) == 100 and head[56:60] != b"\0\0\0\1":
+        return "an SQLite file whose text is not UTF-8"
     return ""
 
 
