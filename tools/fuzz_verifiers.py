@@ -42,10 +42,10 @@ class CaseError(Exception):
     """A verifier did what it must not do."""
 
 
-def work(base: Path, seed: int, first: int, until: float, only: bool) -> None:
+def work(base: Path, seed: int, first: int, last: int, until: float, only: bool) -> None:
     """Cases from `first` on. Says each before it is done, so that one that ends the process is known."""
     os.environ["LIMBECK_HOME"] = str(base / "keys")
-    from faults import mutations
+    from faults import mutations  # pyright: ignore[reportMissingImports]
 
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     good = mutations.Good.read(base) if (base / "ready").exists() else mutations.Good.make(base)
@@ -66,7 +66,7 @@ def work(base: Path, seed: int, first: int, until: float, only: bool) -> None:
                 print(told, flush=True)
         signal.alarm(0)
         case += 1
-        if only or time.time() > until:
+        if only or time.time() > until or case == last:
             break
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print("PEAK " + json.dumps({"cases": case - first, "MiB": peak}), flush=True)
@@ -124,19 +124,29 @@ def main() -> int:
     """Give the cases to a process that may die, and to another after it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--cases", type=int, default=0, help="stop after so many, where the time has not come before")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, metavar="N", help="do this one case and say what came of it")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where evidence and failed cases stay")
     parser.add_argument("--worker", nargs=2, metavar=("FIRST", "UNTIL"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
-        work(given.keep, given.seed, int(given.worker[0]), float(given.worker[1]), given.only is not None)
+        work(given.keep, given.seed, int(given.worker[0]), given.cases, float(given.worker[1]), given.only is not None)
         return 0
     base = given.keep or Path(tempfile.mkdtemp(prefix="limbeck-fuzz-"))
     base.mkdir(parents=True, exist_ok=True)
     until, case, failed, count = time.time() + 60 * given.minutes, given.only or 0, 0, 0
     while True:
-        command = [sys.executable, __file__, "--seed", str(given.seed), "--keep", str(base)]
+        command = [
+            sys.executable,
+            __file__,
+            "--seed",
+            str(given.seed),
+            "--keep",
+            str(base),
+            "--cases",
+            str(given.cases),
+        ]
         command += ["--worker", str(case), str(until), *(["--only", str(case)] if given.only is not None else [])]
         first = case
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
@@ -156,7 +166,7 @@ def main() -> int:
             failed += 1
             print(f"FAILED case {case} ended the process: {worker.returncode}", flush=True)
         case += 1
-        if given.only is not None or time.time() > until:
+        if given.only is not None or time.time() > until or case == given.cases:
             break
     print(f"{count} cases, {failed} failed; evidence in {base}")
     if not failed and given.keep is None:

@@ -248,7 +248,8 @@ def examples_agree(path: Path, prompts: Prompts, answers: Answers) -> Counts | N
         parent = answers.places.get(raw_digest(row.completion))
         if parent < 0 or not answers.kept[parent] or kinds[answers.kinds[parent]] != (row.teacher, row.split):
             return None
-        if prompts.places.get(raw_digest(row.prompt_id)) != answers.prompts[parent]:
+        prompt = answers.prompts[parent]
+        if prompt < 0 or prompts.places.get(raw_digest(row.prompt_id)) != prompt:
             return None
         told = counts.setdefault(row.split, Counter())
         told["examples"] += 1

@@ -160,11 +160,11 @@ def batches(path: Path, names: Sequence[str], rows: int = ROWS, *, all_: bool = 
     Raises `ValueError` for other columns and for more than is unpacked at a time, and what pyarrow raises for damaged
     bytes.
     """
+    largest = dictionaries(path, names)
     with pq.ParquetFile(path, pre_buffer=False) as file:
         there = file.schema_arrow.names
         if len(set(there)) < len(there) or not set(names) <= set(there) or (all_ and list(names) != there):
             raise ValueError(f"columns {', '.join(there)[:200]}, not {', '.join(names)}")
-        largest = dictionaries(file, path, frozenset(names))
     # One value of a dictionary can stand for all of a batch: those of large ones are counted, then written out.
     coded = [name for name, size in largest.items() if size * rows > LONGEST_BATCH and name not in ("tokens", "mask")]
     with pq.ParquetFile(path, pre_buffer=False, read_dictionary=coded) as file:
@@ -175,8 +175,8 @@ def batches(path: Path, names: Sequence[str], rows: int = ROWS, *, all_: bool = 
 def _sound(name: str, column: pa.Array) -> pa.Array:
     """A column of a batch, written out and of its type. Raises `ValueError`."""
     if isinstance(column, pa.DictionaryArray):
-        lengths = pc.binary_length(column.dictionary).take(column.indices)
-        if (size := pc.sum(lengths.cast(pa.int64())).as_py() or 0) > LONGEST_BATCH:
+        lengths = pc.binary_length(column.dictionary).take(column.indices)  # pyright: ignore[reportAttributeAccessIssue]
+        if (size := int(lengths.fill_null(0).to_numpy().sum(dtype=np.int64))) > LONGEST_BATCH:
             raise ValueError(f"{size} bytes in a few rows of {name}, more than are read")
         column = column.dictionary_decode()
     due = _TYPES.get(name, pa.string())

@@ -7,12 +7,10 @@ of that is read here as its sizes take.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
-
-if TYPE_CHECKING:
-    import pyarrow.parquet as pq
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 LONGEST_PAGE = 2**27
 """Bytes of a page, unpacked. Writers begin a new one after a hundredth of these."""
@@ -20,6 +18,8 @@ LONGEST_GROUP = 2**30
 """Bytes of the pages of a row group that are read, unpacked."""
 MOST_VALUES = 2**26
 """Values of a column in a row group: of lists, a row can have all of them."""
+LONGEST_FOOTER = 2**24
+"""Bytes: a hundred for a column of a row group, so this is enough for tens of millions of rows."""
 _HEADER = 2**16
 _ENCODING = {5: 2, 7: 2, 8: 4}
 """Field of `PageHeader` that describes a page of data, a dictionary or a page of data of version 2, and in it the
@@ -39,32 +39,68 @@ class _Page(NamedTuple):
     encoding: int
 
 
-def dictionaries(file: pq.ParquetFile, path: str | os.PathLike[str], names: Collection[str]) -> dict[str, int]:
-    """Bytes of the largest dictionary of each of these columns, unpacked, after a walk over all their pages.
+def dictionaries(path: Path, names: Collection[str]) -> dict[str, int]:
+    """Bytes of the largest dictionary of each of these columns, unpacked, after a walk over the pages of all.
 
-    Raises `ValueError` where a page, or all of a row group together, is larger than is read, and where headers are
-    damaged.
+    Raises `ValueError` where a page, or what these columns have in a row group, is larger than is read, and where footer
+    or headers are damaged.
     """
+    told = path.stat()
     found: dict[str, int] = {}
-    size = os.path.getsize(path)
-    with open(path, "rb") as data:
-        for number in range(file.num_row_groups):
-            group, total = file.metadata.row_group(number), 0
-            for column in map(group.column, range(group.num_columns)):
-                name = column.path_in_schema.split(".")[0]
-                if name not in names:
-                    continue
-                first = column.dictionary_page_offset
-                start = column.data_page_offset if first is None else min(first, column.data_page_offset)
-                end = start + column.total_compressed_size
-                if not 4 <= start <= end <= size:
-                    raise ValueError(f"a column at bytes {start} to {end} of {size}")
-                length, dictionary = _sizes(data, start, end)
-                total += length
-                found[name] = max(found.get(name, 0), dictionary)
-            if total > LONGEST_GROUP:
-                raise ValueError(f"row group {number} has {total} bytes unpacked, more than are read")
+    for number, group in enumerate(_groups(path, told.st_size, told.st_mtime_ns)):
+        if (total := sum(size for name, (size, _) in group.items() if name in names)) > LONGEST_GROUP:
+            raise ValueError(f"row group {number} has {total} bytes unpacked, more than are read")
+        for name in group.keys() & set(names):
+            found[name] = max(found.get(name, 0), group[name][1])
     return found
+
+
+@lru_cache(maxsize=8)
+def _groups(path: Path, size: int, _: int) -> tuple[dict[str, tuple[int, int]], ...]:
+    """Of each row group, by column: bytes of the pages and of the dictionary. The footer is read here, since a damaged one
+    ends the process that asks pyarrow for a column of it. Tables are read more than once, and this is asked once.
+    """
+    with open(path, "rb") as data:
+        data.seek(max(0, size - 8))
+        end = data.read(8)
+        length = int.from_bytes(end[:4], "little")
+        if end[4:] != b"PAR1" or not 0 < length <= min(LONGEST_FOOTER, size - 12):
+            raise ValueError(f"a footer of {length} bytes in a file of {size}, or no Parquet")
+        data.seek(size - 8 - length)
+        footer = _Compact(data.read(length)).struct(0)
+        groups = footer.get(_GROUPS, [])
+        if not isinstance(groups, list):
+            raise ValueError("a footer without row groups")
+        return tuple(_columns(data, size, group) for group in groups)
+
+
+def _columns(data: BinaryIO, size: int, group: object) -> dict[str, tuple[int, int]]:
+    columns = group.get(1) if isinstance(group, dict) else None
+    if not isinstance(columns, list):
+        raise ValueError("a row group without columns")
+    found: dict[str, tuple[int, int]] = {}
+    for column in columns:
+        said = column.get(3) if isinstance(column, dict) else None
+        path = said.get(3) if isinstance(said, dict) else None
+        if not isinstance(said, dict) or not isinstance(path, list) or not path or not isinstance(path[0], bytes):
+            raise ValueError("a column without a description")
+        first, dictionary, packed = said.get(9), said.get(11), said.get(7)
+        if not isinstance(first, int) or not isinstance(packed, int):
+            raise ValueError("a column without a place")
+        start = min(first, dictionary) if isinstance(dictionary, int) and dictionary > 0 else first
+        if not 4 <= start <= start + packed <= size:
+            raise ValueError(f"a column at bytes {start} to {start + packed} of {size}")
+        name = path[0].decode()
+        total, coded = _sizes(data, start, start + packed)
+        before = found.get(name, (0, 0))
+        found[name] = before[0] + total, max(before[1], coded)
+    return found
+
+
+_GROUPS = 4
+"""The field of `FileMetaData`. In the others: `RowGroup.columns` 1, `ColumnChunk.meta_data` 3, and of `ColumnMetaData`
+path_in_schema 3, total_compressed_size 7, data_page_offset 9, dictionary_page_offset 11.
+"""
 
 
 def _sizes(data: BinaryIO, start: int, end: int) -> tuple[int, int]:
@@ -132,9 +168,9 @@ class _Compact:
         self.at += length
 
     def struct(self, depth: int) -> dict[int, object]:
-        """Fields by their number: integers and structs; of others only that they are there."""
+        """Fields by their number: integers, bytes, lists and structs."""
         if depth > _DEEPEST:
-            raise ValueError("a page's header that is nested too deeply")
+            raise ValueError("a header that is nested too deeply")
         found: dict[int, object] = {}
         field = 0
         while kind := self.byte():
@@ -152,14 +188,16 @@ class _Compact:
         if kind == 7:
             self.skip(8)
         elif kind == 8:
-            self.skip(self.varint())
+            length = self.varint()
+            self.skip(length)
+            return self.data[self.at - length : self.at]
         elif kind in (9, 10):
             head = self.byte()
             length = head >> 4 if head >> 4 < 15 else self.varint()
             if length > len(self.data):
                 raise ValueError("a list without an end in a page's header")
-            for _ in range(length):
-                self.value(head & 0x0F, depth + 1) if head & 0x0F not in (1, 2) else self.byte()
+            kind = head & 0x0F
+            return [self.byte() if kind in (1, 2) else self.value(kind, depth + 1) for _ in range(length)]
         elif kind == 12:
             return self.struct(depth + 1)
         else:

@@ -256,7 +256,9 @@ def _examples(root: Path, known: _Known, _: frozenset[str]) -> Iterator[Problem]
         counts = dict[str, Counter[str]]()
         yield from _each_example(path, known, counts)
     manifest = json.loads(read_bounded(root / "examples" / "manifest.json", _LONGEST))
-    for split, said in manifest["counts"].items():
+    if not isinstance(manifest, dict) or not isinstance(said_of := manifest.get("counts"), dict):
+        raise ValueError("a manifest without counts")
+    for split, said in said_of.items():
         found = dict(counts.get(split, Counter(examples=0, tokens=0, supervised=0)))
         if found != said:
             yield Problem(f"examples: split {split}", str(found), f"{said}, as its manifest", _REMEDY)
