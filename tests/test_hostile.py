@@ -202,7 +202,7 @@ JOURNALS = {
     "a virtual table": ["CREATE VIRTUAL TABLE more USING fts5(a)"],
     "a trigger": ["CREATE TRIGGER more AFTER INSERT ON answers BEGIN DELETE FROM answers; END"],
     "no answers": ["DROP TABLE answers"],
-    "an answer of 200 MB": ["UPDATE answers SET raw = zeroblob(200000000)"],
+    "an answer of 100 MB": ["UPDATE answers SET raw = zeroblob(100000000)"],
     "a number for an answer": ["UPDATE answers SET raw = 5"],
 }
 
@@ -214,7 +214,7 @@ def test_a_strange_journal_is_refused(name, run):
 
 
 def test_answers_that_unpack_to_gigabytes_are_not_unpacked(run):
-    bomb = zstandard.ZstdCompressor(level=19).compress(bytes(1 << 28))
+    bomb = zstandard.ZstdCompressor(level=19).compress(bytes((1 << 26) + 1))
     claim = b"\x28\xb5\x2f\xfd\xa0" + struct.pack("<I", 1 << 31) + b"\x01\x00\x00"
     with closing(sqlite3.connect(run / "journal.db", isolation_level=None)) as db:
         db.execute("PRAGMA journal_mode = DELETE")
@@ -250,10 +250,10 @@ def test_a_value_that_a_whole_table_shares_is_not_written_out(run):
 
 
 def test_a_run_length_of_a_billion_tokens_is_not_written_out(run):
-    """A list of one row, whose one token is said a hundred million times: a few kilobytes."""
+    """A list of one row, whose one token is said 70 million times: a few kilobytes."""
     path = run / "examples" / "examples.parquet"
     one = pq.read_table(path).slice(0, 1)
-    count = 100_000_000
+    count = 70_000_000
     mask = pa.ListArray.from_arrays(pa.array([0, count], pa.int32()), pa.array(np.zeros(count, bool)))
     pq.write_table(one.set_column(one.schema.get_field_index("mask"), "mask", mask), path, compression="zstd")
     assert path.stat().st_size < 1_000_000
@@ -263,7 +263,7 @@ def test_a_run_length_of_a_billion_tokens_is_not_written_out(run):
 def test_pages_that_unpack_to_gigabytes_are_not_unpacked(run):
     path = run / "leaves.parquet"
     one = pq.read_table(path).slice(0, 1)
-    huge = pa.array(["x" * (1 << 28)])
+    huge = pa.array(["x" * ((1 << 27) + 1)])
     pq.write_table(one.set_column(0, "fields", huge), path, compression="zstd", use_dictionary=False)
     assert "more than are read" in refused_by_the_first(run)
 
@@ -452,6 +452,14 @@ def test_leaves_of_other_types_are_a_difference(column, what, run):
     assert any(column in p.found for p in found)
 
 
+def test_a_footer_that_ends_a_process_is_not_given_to_pyarrow(run):
+    """Found by fuzzing: sizes of text for a column of bits. pyarrow 26 aborts when it is asked for that column."""
+    shutil.copy(ROOT / "tests" / "data" / "footer-that-aborts.parquet", run / "leaves.parquet")
+    ask = "import sys, pyarrow.parquet as pq; pq.ParquetFile(sys.argv[1]).metadata.row_group(0).column(1)"
+    assert python(ask, run / "leaves.parquet").returncode != 0, "the trap is still one"
+    assert "leaves.parquet" in refused_by_the_first(run)
+
+
 # Fuzzing, a slice of it
 
 
@@ -462,4 +470,4 @@ def test_a_slice_of_the_fuzzing_ends_in_refusals_alone(tmp_path):
         [*command, "--keep", str(tmp_path)], capture_output=True, text=True, check=False, env=environment, timeout=120
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert " 40 cases, 0 failed" in " " + done.stdout
+    assert "\n40 cases, 0 failed" in done.stdout

@@ -42,8 +42,8 @@ class _Page(NamedTuple):
 def dictionaries(path: Path, names: Collection[str]) -> dict[str, int]:
     """Bytes of the largest dictionary of each of these columns, unpacked, after a walk over the pages of all.
 
-    Raises `ValueError` where a page, or what these columns have in a row group, is larger than is read, and where footer
-    or headers are damaged.
+    Raises `ValueError` where a page, or what these columns have in a row group, is larger than is read, and where
+    footer or headers are damaged.
     """
     told = path.stat()
     found: dict[str, int] = {}
@@ -57,8 +57,8 @@ def dictionaries(path: Path, names: Collection[str]) -> dict[str, int]:
 
 @lru_cache(maxsize=8)
 def _groups(path: Path, size: int, _: int) -> tuple[dict[str, tuple[int, int]], ...]:
-    """Of each row group, by column: bytes of the pages and of the dictionary. The footer is read here, since a damaged one
-    ends the process that asks pyarrow for a column of it. Tables are read more than once, and this is asked once.
+    """Of each row group, by column: bytes of the pages and of the dictionary. The footer is read here, since a damaged
+    one ends the process that asks pyarrow for a column of it. Tables are read more than once, and this is asked once.
     """
     with open(path, "rb") as data:
         data.seek(max(0, size - 8))
