@@ -85,15 +85,20 @@ def write_records(path: str | os.PathLike[str], records: Iterable[R], record: ty
 
 def read_records(path: str | os.PathLike[str], record: type[R]) -> Iterator[R]:
     """Read records back, a few at a time, so that memory does not grow with the file."""
+    with pq.ParquetFile(Path(path), pre_buffer=False) as file:
+        yield from records_of(file.iter_batches(batch_size=_ROWS), record)
+
+
+def records_of(batches: Iterable[pa.RecordBatch], record: type[R]) -> Iterator[R]:
+    """The records of a table that is read by somebody else."""
     columns, adapter = _columns(record), TypeAdapter(record)
     is_tuple, texts = issubclass(record, tuple), [name for name, (_, as_json) in columns.items() if as_json]
-    with pq.ParquetFile(Path(path), pre_buffer=False) as file:
-        for batch in file.iter_batches(batch_size=_ROWS):
-            for row in batch.to_pylist():
-                for name in texts:
-                    if row.get(name) is not None:  # files of an earlier version lack later columns
-                        row[name] = json.loads(row[name])
-                yield record(**row) if is_tuple else adapter.validate_python(row)
+    for batch in batches:
+        for row in batch.to_pylist():
+            for name in texts:
+                if row.get(name) is not None:  # files of an earlier version lack later columns
+                    row[name] = json.loads(row[name])
+            yield record(**row) if is_tuple else adapter.validate_python(row)
 
 
 def count_records(path: str | os.PathLike[str]) -> int:

@@ -172,7 +172,7 @@ def test_a_second_level_of_subtrees_is_stored_and_used():
         ("UPDATE subtrees SET hash = zeroblob(32) WHERE place = 1", "subtree 1 of level 1"),
         ("DELETE FROM subtrees WHERE place = 0", "subtree 0 of level 1"),
         ("INSERT INTO subtrees VALUES (2, 0, zeroblob(32))", "subtree 0 of level 2"),
-        ("INSERT INTO subtrees VALUES ('x', 0, 5)", "subtree 0 of level x"),
+        ("INSERT INTO subtrees VALUES ('x', 0, 5)", "ledger.db: subtrees"),
         ("UPDATE hashes SET data = substr(data, 2) WHERE first = 256", "leaf 256 on"),
         ("UPDATE hashes SET data = zeroblob(100000000) WHERE first = 256", "leaf 256 on"),
         ("UPDATE hashes SET data = 'text' WHERE first = 256", "leaf 256 on"),

@@ -32,7 +32,7 @@ JSON = st.recursive(
     st.none()
     | st.booleans()
     | st.integers(-(2**53) + 1, 2**53 - 1)
-    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.floats(allow_nan=False, allow_infinity=False).filter(lambda x: not 2**53 <= abs(x) < 1e21)
     | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=8,
@@ -95,13 +95,24 @@ def test_digest_is_sha256_of_the_stored_bytes_which_are_canonical_json(tmp_path)
     assert json.loads(body)["started"] == "2026-03-01T10:00:00.000000Z"
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 2**53, "\ud800"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 2**53, 1e20, -(2.0**53), "\ud800"])
 def test_facts_that_json_cannot_say_are_refused_with_their_place(tmp_path, bad):
     with Ledger(tmp_path / "ledger.db") as ledger:
         with pytest.raises(InputError, match=r"facts\.loss\.steps\[1\]") as error:
             append(ledger, "train", {"loss": {"steps": [1.0, bad]}, "other": bad})
         assert len(error.value.problems) == 2
         assert ledger.entries() == []
+
+
+def test_facts_are_nested_64_deep_at_most_with_their_entry(tmp_path):
+    def lists(levels: int) -> list:
+        return [lists(levels - 1)] if levels > 1 else []
+
+    with Ledger(tmp_path / "ledger.db") as ledger:
+        with pytest.raises(InputError, match="nested too deeply"):
+            append(ledger, facts={"x": lists(63)})
+        assert append(ledger, facts={"x": lists(62)}).facts == {"x": lists(62)}
+        assert len(ledger.entries()) == 1
 
 
 def test_times_without_a_zone_are_refused(tmp_path):

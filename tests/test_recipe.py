@@ -290,6 +290,18 @@ def test_a_key_that_is_written_twice_is_refused_with_both_lines(tmp_path):
     }
 
 
+@pytest.mark.parametrize("key", ["train.batch_size", "collect.max_tokens", "seed", "evaluate.answers"])
+def test_whole_numbers_without_an_exact_json_are_refused_and_those_below_have_a_digest(tmp_path, key):
+    path = write(tmp_path, GOOD)
+    for value in (2**53, 10**30):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(path, [f"{key}={value}"])
+        [problem] = caught.value.problems
+        assert problem.where == f"--set {key}"
+        assert problem.expected == "less than 9007199254740992"
+    assert load_recipe(path, [f"{key}={2**53 - 1}"]).digest.startswith("sha256:")
+
+
 def test_a_missing_file_a_directory_and_bytes_are_refused(tmp_path):
     (tmp_path / "bytes.yaml").write_bytes(b"name: \xff")
     for path, found in [

@@ -141,7 +141,7 @@ def test_a_history_that_was_written_anew_contradicts_its_signatures(copy, index,
 
 def test_a_malformed_count_of_leaves_is_found(copy):
     rewritten(copy, 5, '"leaves":{"count":5', '"leaves":{"count":-5')
-    assert [p.where for p in verify(copy).differences] == ["ledger.db: facts of a seal entry"]
+    assert [p.where for p in verify(copy).differences] == ["ledger.db: entry 5: facts: leaves"]
 
 
 def test_a_checkpoint_of_another_run_is_found(copy, tmp_path):

@@ -207,13 +207,17 @@ def test_a_linked_recipe_is_not_read(copy):
     assert places(copy) == ["recipe.yaml"]
 
 
-def test_a_link_within_run_is_followed_and_a_pipe_is_not(copy):
+def test_neither_a_link_within_run_nor_a_pipe_is_read(copy):
     shutil.move(copy / "training.json", copy / "checkpoints")
     (copy / "training.json").symlink_to(copy / "checkpoints")
-    assert verify(copy).ok
     (copy / "report.html").unlink()
     os.mkfifo(copy / "report.html")
-    assert [(p.where, p.found) for p in verify(copy).differences] == [("report.html", "neither a file nor a directory")]
+    os.mkfifo(copy / "signals" / "pipe")
+    assert [(p.where, p.found) for p in verify(copy).differences] == [
+        ("report.html", "neither a file nor a directory"),
+        ("signals/pipe", "neither a file nor a directory; not read"),
+        ("training.json", "a symbolic link; not read"),
+    ]
 
 
 # Arrows

@@ -13,11 +13,14 @@ from pydantic.fields import FieldInfo
 
 from limbeck.recipe import Recipe
 
+EXACT = Lt(2**53)
+"""The limit of every whole number is said once."""
+
 HEAD = """# The recipe, key by key
 
 A recipe is a YAML file. Unknown keys are errors; every key below can also be set at the command line, as
 `--set train.epochs=3` or `--set prompts.0.path=other.jsonl`. The same as a schema for editors:
-[recipe.schema.json](recipe.schema.json).
+[recipe.schema.json](recipe.schema.json). Whole numbers are below 2^53, from where on JSON is not exact.
 
 This page is made from `limbeck/recipe/` by `make docs`.
 """
@@ -38,7 +41,7 @@ def allowed(field: FieldInfo) -> str:
         bounds[kind].format(getattr(rule, kind.__name__.lower()))
         for rule in field.metadata
         for kind in bounds
-        if isinstance(rule, kind)
+        if isinstance(rule, kind) and rule != EXACT
     ]
     return f"{text}, {', '.join(limits)}" if limits else text
 

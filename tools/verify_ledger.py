@@ -216,18 +216,21 @@ def canonical(value: Json, place: str) -> bytes:
 
 
 def _write(value: Json, parts: list[str], depth: int, place: str) -> None:
-    if depth > MAX_DEPTH:
+    if depth == MAX_DEPTH and isinstance(value, list | dict):
         raise MisshapenError(place, "nested too deeply", f"at most {MAX_DEPTH} levels")
     if value is None or isinstance(value, bool):
         parts.append({None: "null", True: "true", False: "false"}[value])
     elif isinstance(value, str):
         parts.append(json.dumps(value, ensure_ascii=False))
     elif isinstance(value, int):
+        if abs(value) > MAX_INTEGER:
+            raise MisshapenError(place, value, "an integer below 2^53")
         parts.append(str(value))
     elif isinstance(value, float):
         parts.append(number(value, place))
     elif isinstance(value, list):
-        if all(type(item) is int for item in value):  # columns of a share: one text instead of a million
+        # Columns of a share: one text instead of a million.
+        if all(type(item) is int and abs(item) <= MAX_INTEGER for item in value):
             parts.append("[" + ",".join(map(str, value)) + "]")
             return
         for at, item in enumerate(value):
@@ -830,7 +833,7 @@ class Yaml:
 
     def node(self, parent: int, depth: int) -> Json:
         """The value that begins on the current line, which is indented more than its parent."""
-        if depth > MAX_DEPTH:
+        if depth > MAX_DEPTH:  # `canonical` counts exactly; this keeps the reader itself from going deeper
             self.refuse(f"at most {MAX_DEPTH} levels")
         indent = self.indent()
         content = self.lines[self.at][indent:]
@@ -1084,7 +1087,8 @@ def stored_leaves(db: sqlite3.Connection, findings: Findings) -> Iterator[bytes]
             findings.add(place, f"begins with leaf {first}", f"begins with leaf {expected}")
             return
         if kind != b"blob" or not data or len(data) % 32:
-            findings.add(place, f"{len(data)} bytes of {kind.decode()}", "hashes of 32 bytes each")
+            found = f"{len(data)} bytes" if kind == b"blob" else kind.decode()
+            findings.add(place, found, "hashes of 32 bytes each")
             return
         expected += len(data) // 32
         if first // 256 != (expected - 1) // 256:

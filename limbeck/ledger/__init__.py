@@ -22,6 +22,10 @@ The room:
     staleness     which stages rest on what has been made anew since
     parents       the checks that follow each record to its parents
     raw_answers   the journal as a verifier reads it
+    agreement     whether records agree with their parents, by column
+    columns       tables read by column
+    pages         sizes of Parquet pages, before they are unpacked
+    recipe_text   the YAML that recipe.yaml may be
     paths         no path is read before it is sure that it lies in RUN
 """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 from datetime import UTC, datetime
 from json.encoder import encode_basestring
@@ -18,6 +19,9 @@ import rfc8785
 
 _EXACT = 2**53
 """Integers from here on are not exact in JSON."""
+
+DEEPEST = 64
+"""Lists and objects that may stand within each other: more is a trap for readers, and nothing here needs it."""
 
 EMPTY = "sha256:" + hashlib.sha256(b"").hexdigest()
 
@@ -64,6 +68,59 @@ def _plain(value: Any) -> str:
 @functools.lru_cache(maxsize=4096)
 def _float(value: float) -> str:
     return rfc8785.dumps(value).decode()
+
+
+def read_json(text: str | bytes) -> Any:
+    """The value of a JSON text as evidence has it (docs/ledger-format.md): no key twice, no NaN or infinity, no integer
+    from 2^53 on, no half of a surrogate pair, nothing nested too deeply. Raises `ValueError`.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode()
+        value = json.loads(text, object_pairs_hook=_each_once, parse_int=_integer, parse_constant=_no_constant)
+        if "\\u" in text:  # the one way in which valid text can hold half of a pair
+            canonical(value)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    refuse_deep(value)
+    return value
+
+
+_TOO_DEEP = f"nested too deeply, expected at most {DEEPEST} levels"
+
+
+def refuse_deep(value: Any) -> None:
+    """Raises `ValueError` for lists and objects that stand within each other more than `DEEPEST` deep."""
+    level, deep = [value], 0
+    while level := [one for one in level if isinstance(one, dict | list | tuple)]:
+        deep += 1
+        if deep > DEEPEST:
+            raise ValueError(_TOO_DEEP)
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+
+
+def exact(value: object) -> bool:
+    """Whether a number reads back as it was written: RFC 8785 writes the float 2^53 like an integer, and integers from
+    there on are refused, since others than Python round them.
+    """
+    return isinstance(value, bool) or not isinstance(value, int | float) or not _EXACT <= abs(value) < 1e21
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a key that comes twice: {sorted(key for key, _ in pairs)}"[:300])
+    return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 17 or not -_EXACT < int(digits) < _EXACT:
+        raise ValueError(f"{digits[:40]}, expected an integer below 2^53")
+    return int(digits)
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
 
 
 def digest_bytes(data: bytes) -> str:

@@ -9,18 +9,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from limbeck.errors import LimbeckError, Problem
 from limbeck.ledger.canonical import canonical
-from limbeck.ledger.merkle.fields import Encoder, Leaf, commit, encode, entry_hash
-from limbeck.ledger.merkle.order import LeafSet, leaf_sets
+from limbeck.ledger.merkle.fields import Encoder, Leaf, commit_hash, encode, entry_hash
+from limbeck.ledger.merkle.order import LeafSet, LeavesFactError, leaf_sets
 from limbeck.ledger.merkle.salts import Salts
 from limbeck.ledger.merkle.stored import WIDTH
 from limbeck.ledger.merkle.tree import Hash
 from limbeck.ledger.store import Ledger, Row
 from limbeck.records import Entry
+
+if TYPE_CHECKING:
+    from limbeck.ledger.sealing import Row as LeafRow
 
 _CHANGED = "somebody changed the ledger after it was written; compare with a copy kept elsewhere"
 _PART = 4096
@@ -50,10 +54,9 @@ def check_tree(ledger: Ledger, rows: Sequence[Row], entries: Sequence[Entry]) ->
         return known
     try:
         known.sets = leaf_sets(entries)
-    except ValueError as error:
-        known.problems.append(
-            Problem("ledger.db: facts of a seal entry", _short(error), "leaves of version 1", _CHANGED)
-        )
+    except LeavesFactError as error:
+        where = f"ledger.db: entry {error.index}: facts: leaves"
+        known.problems.append(Problem(where, _short(error), "leaves of version 1", _CHANGED))
     if known.problems or known.sets is None:
         return known
     known.size = ledger.tree.size
@@ -121,29 +124,48 @@ def leaf_differences(
 def _leaves(
     root: Path, known: Tree, salts: Salts | None, present: frozenset[str], notes: list[str]
 ) -> Iterator[Problem]:
-    from limbeck.ledger.sealing import LEAVES, parse_row, read_rows
+    from limbeck.ledger.sealing import LEAVES, read_rows
 
     encoder = Encoder()
     again = _from_records(root, present, notes)
     hashes = (known.latest[i : i + WIDTH] for i in range(0, len(known.latest), WIDTH))
+
+    def agrees(place: int, row: LeafRow, leaf: Leaf) -> bool:
+        told = encoder.encode(leaf)
+        same = told.text() == row.fields and told.share.decode() == row.share
+        return same and (salts is None or commit_hash(salts, place, told) == row.leaf)
+
     for place, (row, due, leaf) in enumerate(zip_longest(read_rows(root), hashes, again or ())):
-        where = f"{LEAVES}: row {place}"
-        if row is None or due is None:
-            found, expected = ("no row", "a row") if row is None else ("a row", "no more leaves in the ledger's tree")
-            yield Problem(where, found, expected, _REMEDY)
+        if row is not None and leaf is not None and row.leaf == due and agrees(place, row, leaf):
             continue
-        if row.leaf != due:
-            yield Problem(f"{where}: leaf", row.leaf.hex(), f"{due.hex()}, as the ledger's tree", _REMEDY)
-        told = encoder.encode(leaf) if leaf else None
-        if told is None or told.text() != row.fields or told.share.decode() != row.share:
-            said = parse_row(row)
-            told = encode(said)
-            if told.text() != row.fields or told.share.decode() != row.share:
-                yield Problem(where, "values that are not canonical JSON", "RFC 8785", _REMEDY)
-            if again is not None:
-                yield from _against_records(where, said, leaf)
-        if salts and (made := commit(salts, place, told).hash) != due:
-            yield Problem(f"{where}: hash of fields and salts", made.hex(), f"{due.hex()}, as the tree", _REMEDY)
+        salted = (salts, place) if salts else None
+        yield from _row_differences(f"{LEAVES}: row {place}", row, due, leaf, salted, again is not None)
+
+
+def _row_differences(
+    where: str, row: LeafRow | None, due: Hash | None, leaf: Leaf | None, salted: tuple[Salts, int] | None, again: bool
+) -> Iterator[Problem]:
+    """What is wrong with one row. `salted` are the salts and the number of the row, where they are known; `again` says
+    whether leaves were made again, of which `leaf` is this row's.
+    """
+    from limbeck.ledger.sealing import parse_row
+
+    if row is None or due is None:
+        found, expected = ("no row", "a row") if row is None else ("a row", "no more leaves in the ledger's tree")
+        yield Problem(where, found, expected, _REMEDY)
+        return
+    if row.leaf != due:
+        yield Problem(f"{where}: leaf", row.leaf.hex(), f"{due.hex()}, as the ledger's tree", _REMEDY)
+    told = encode(leaf) if leaf else None
+    if told is None or told.text() != row.fields or told.share.decode() != row.share:
+        said = parse_row(row)
+        told = encode(said)
+        if told.text() != row.fields or told.share.decode() != row.share:
+            yield Problem(where, "values that are not canonical JSON", "RFC 8785", _REMEDY)
+        if again:
+            yield from _against_records(where, said, leaf)
+    if salted and (made := commit_hash(*salted, told)) != due:
+        yield Problem(f"{where}: hash of fields and salts", made.hex(), f"{due.hex()}, as the tree", _REMEDY)
 
 
 def _against_records(where: str, said: Leaf, leaf: Leaf | None) -> Iterator[Problem]:

@@ -8,9 +8,14 @@ here, not by the teacher, which needs torch. The layout is that of the journal's
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
+import tempfile
 import zlib
-from datetime import datetime
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -18,14 +23,20 @@ import zstandard
 
 from limbeck.errors import Problem
 from limbeck.ledger.canonical import digest_bytes, digest_json
+from limbeck.ledger.columns import read_value
 from limbeck.records import Completion
 
 _ASKED = ("sample", "weights")
 _SAID = ("text", "finish_reason", "model", "prompt_tokens", "completion_tokens")
 """What a completion takes over as it is from a request and an answer of form `local/1`."""
 
-_LONGEST = 2**28
-"""Bytes."""
+_LONGEST = 2**26
+"""Bytes of an answer, packed or not."""
+_LONGEST_READ = 2**24
+"""Bytes of an answer of form `local/1`: as Python objects, JSON can take twenty times as many."""
+_ASK = 256
+"""Keys in one question; SQLite's least limit on parameters is 999."""
+_BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 
 _REMEDY = "put back journal.db as the run wrote it; what the teacher said is nowhere else"
 
@@ -38,21 +49,56 @@ class RawAnswer(NamedTuple):
     created: str
 
 
+class Expected(NamedTuple):
+    """What a completion says of its request and of its raw answer."""
+
+    request_id: str
+    response: str
+    created: int
+    """Microseconds since 1970."""
+    messages: list[dict[str, str]]
+    sample: int
+    weights: str | None
+    text: str
+    finish_reason: str
+    model: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
 class RawAnswers:
     """RUN/journal.db, open for reading. A context manager.
 
     Raises:
-        OSError, sqlite3.DatabaseError: it is not there, or is no SQLite file.
+        OSError, sqlite3.DatabaseError, ValueError: it is not there, is no SQLite file, or one with other tables.
 
     """
 
     def __init__(self, path: Path):
-        if not path.is_file():
+        if path.is_symlink() or not path.is_file():
             raise FileNotFoundError(2, "no such file", str(path))
-        # A file in WAL mode that nobody uses is read without writing only if SQLite is told that it rests.
-        rests = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
-        self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro{rests}", uri=True, timeout=30)
-        self._db.execute("PRAGMA trusted_schema = OFF")
+        self._copy: tempfile.TemporaryDirectory[str] | None = None
+        beside = path.with_name(path.name + "-wal")
+        if path.with_name(path.name + "-journal").exists():
+            raise ValueError("journal.db-journal beside it, which no journal leaves")
+        if beside.is_symlink() or (beside.exists() and not beside.is_file()):
+            raise ValueError("journal.db-wal is no file")
+        if beside.exists() and beside.stat().st_size:
+            # Whoever opens a file in WAL mode writes beside it, unless told that it rests, and this one does not.
+            self._copy = tempfile.TemporaryDirectory(prefix="limbeck-journal-")
+            path = Path(shutil.copy(path, Path(self._copy.name) / path.name))
+            shutil.copy(beside, path.with_name(beside.name))
+        rests = "ro&immutable=1" if self._copy is None else "rw"
+        self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={rests}", uri=True, timeout=30)
+        try:
+            self._db.execute("PRAGMA trusted_schema = OFF")
+            self._db.execute("PRAGMA cell_size_check = ON")
+            self._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
+            _refuse_other_tables(self._db)
+        except BaseException:
+            self.__exit__()
+            raise
+        self._unpacker = zstandard.ZstdDecompressor()
         self.unread = 0
         """Answers of a form that this version cannot read; their digests were compared all the same."""
 
@@ -61,14 +107,62 @@ class RawAnswers:
 
     def __exit__(self, *_: object) -> None:
         self._db.close()
+        if self._copy is not None:
+            self._copy.cleanup()
 
     def find(self, key: str) -> RawAnswer | None:
         """The answer journaled for a request. Raises `ValueError` where its bytes are damaged."""
         row = self._db.execute("SELECT request, raw, created FROM answers WHERE key = ?", (key,)).fetchone()
         try:
-            return RawAnswer(_unpacked(row[0]), _unpacked(row[1]), str(row[2])) if row else None
+            return RawAnswer(self._unpacked(row[0]), self._unpacked(row[1]), str(row[2])) if row else None
         except (zlib.error, zstandard.ZstdError, TypeError) as error:
             raise ValueError(f"what lies under {key} does not unpack ({error})") from None
+
+    def agree(self, completions: Sequence[Expected]) -> bool:
+        """Whether each of the completions says what its raw answer does: whether `differences` of none would tell any.
+        Raises what SQLite and the unpackers raise for damaged bytes.
+        """
+        for first in range(0, len(completions), _ASK):
+            asked = {one.request_id: one for one in completions[first : first + _ASK]}
+            if len(asked) != len(completions[first : first + _ASK]):
+                return False
+            marks = ", ".join("?" * len(asked))
+            rows = self._db.execute(f"SELECT key, request, raw, created FROM answers WHERE key IN ({marks})", [*asked])
+            for key, request, raw, created in rows:
+                expected = asked.pop(key, None)
+                if expected is None or _micros(created) != expected.created:
+                    return False
+                if not self._says(expected, self._unpacked(request), self._unpacked(raw)):
+                    return False
+            if asked:
+                return False
+        return True
+
+    def _says(self, expected: Expected, request: bytes, raw: bytes) -> bool:
+        if f"sha256:{sha256(request).hexdigest()}" != expected.request_id:
+            return False
+        if f"sha256:{sha256(raw).hexdigest()}" != expected.response:
+            return False
+        if len(request) + len(raw) > _LONGEST_READ:
+            self.unread += 1
+            return True
+        texts = request.decode(), raw.decode()
+        (asked, first), (said, last) = map(read_value, texts)
+        if (first, last) != (len(texts[0]), len(texts[1])):
+            return False
+        if type(asked) is not dict or type(said) is not dict or not asked.get("form") == said.get("form") == "local/1":
+            self.unread += 1
+            return True
+        return (
+            asked.get("messages") == expected.messages
+            and asked.get("sample") == expected.sample
+            and asked.get("weights") == expected.weights
+            and said.get("text") == expected.text
+            and said.get("finish_reason") == expected.finish_reason
+            and said.get("model") == expected.model
+            and said.get("prompt_tokens") == expected.prompt_tokens
+            and said.get("completion_tokens") == expected.completion_tokens
+        )
 
     def differences(self, where: str, completion: Completion) -> list[Problem]:
         """How a completion differs from the raw answer it was made from."""
@@ -95,9 +189,27 @@ class RawAnswers:
             if here != there
         ]
 
+    def _unpacked(self, data: bytes) -> bytes:
+        """A few packed bytes can stand for gigabytes; no answer of a teacher does. Raises `zlib.error` and
+        `zstandard.ZstdError`, `TypeError` for what are no bytes.
+        """
+        if not isinstance(data, bytes):
+            raise TypeError(f"a {type(data).__name__}, not bytes")
+        if data.startswith(zstandard.FRAME_HEADER):
+            if zstandard.frame_content_size(data) > _LONGEST or zstandard.frame_content_size(data) < 0:
+                raise zstandard.ZstdError("longer than any answer, or of unknown length")
+            return self._unpacker.decompress(data, allow_extra_data=False)
+        stream = zlib.decompressobj()
+        found = stream.decompress(data, _LONGEST)
+        if not stream.eof or stream.unused_data:
+            raise zlib.error("cut off, followed by something, or longer than any answer")
+        return found
+
     def _read(self, found: RawAnswer, completion: Completion) -> list[tuple[str, object, object]]:
         """What the bytes say, beside what the completion says; nothing for a form that is unknown here."""
         try:
+            if len(found.request) + len(found.raw) > _LONGEST_READ:
+                raise ValueError("longer than any answer of this form")
             asked, said = json.loads(found.request), json.loads(found.raw)
             known = asked["form"] == said["form"] == "local/1"
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -113,26 +225,42 @@ class RawAnswers:
         ]
 
 
-def _unpacked(data: bytes) -> bytes:
-    """A few packed bytes can stand for gigabytes; no answer of a teacher does."""
-    if data.startswith(zstandard.FRAME_HEADER):
-        return _unpacked_zstd(data)
-    stream = zlib.decompressobj()
-    found = stream.decompress(data, _LONGEST)
-    if not stream.eof or stream.unused_data:
-        raise zlib.error("cut off, followed by something, or longer than any answer")
-    return found
+_TABLES = frozenset(
+    {
+        "CREATE TABLE answers (key TEXT PRIMARY KEY NOT NULL, request BLOB NOT NULL, raw BLOB NOT NULL, "
+        "response TEXT NOT NULL, created TEXT NOT NULL)",
+        "CREATE TABLE refused (key TEXT NOT NULL, raw BLOB NOT NULL, response TEXT NOT NULL, created TEXT NOT NULL)",
+        "CREATE TABLE sent (number INTEGER PRIMARY KEY NOT NULL, key TEXT NOT NULL, account TEXT NOT NULL, "
+        "held INTEGER NOT NULL, cost INTEGER, outcome TEXT, started TEXT NOT NULL, ended TEXT)",
+        "CREATE INDEX sent_open ON sent (number) WHERE outcome IS NULL",
+        "CREATE TABLE batches (number INTEGER PRIMARY KEY NOT NULL, token TEXT NOT NULL UNIQUE, "
+        "asked_of TEXT NOT NULL, rows INTEGER NOT NULL, intended TEXT NOT NULL, asked TEXT, name TEXT, ended TEXT, "
+        "outcome TEXT)",
+        "CREATE TABLE batch_rows (number INTEGER PRIMARY KEY NOT NULL, batch INTEGER NOT NULL, key TEXT NOT NULL, "
+        "request BLOB NOT NULL)",
+        "CREATE INDEX batch_rows_batch ON batch_rows (batch)",
+        "CREATE INDEX batch_rows_key ON batch_rows (key)",
+    }
+)
+"""What a journal of any version holds. Anything else, such as a view, could have SQLite compute without end."""
 
 
-def _unpacked_zstd(data: bytes) -> bytes:
-    size = zstandard.get_frame_parameters(data).content_size
-    if size > _LONGEST:
-        raise zstandard.ZstdError("longer than any answer, or of unknown length")
-    stream = zstandard.ZstdDecompressor().decompressobj()
-    found = stream.decompress(data)
-    if not stream.eof or stream.unused_data or len(found) != size:
-        raise zstandard.ZstdError("cut off, or followed by something")
-    return found
+def _refuse_other_tables(db: sqlite3.Connection) -> None:
+    """Raises `ValueError` for a database with other tables than a journal's, before anything of them is read."""
+    found = [sql for (sql,) in db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL LIMIT 100")]
+    if strange := sorted(str(sql)[:120] for sql in found if sql not in _TABLES):
+        raise ValueError(f"holds what no journal does: {strange[0]}")
+    if not any(str(sql).startswith("CREATE TABLE answers ") for sql in found):
+        raise ValueError("holds no table of answers")
+
+
+@lru_cache(maxsize=4096)
+def _micros(text: str) -> int | None:
+    """A journaled time as microseconds since 1970; None without a zone. Raises `ValueError`. Answers that were written
+    together have the same.
+    """
+    when = datetime.fromisoformat(text)
+    return None if when.tzinfo is None else (when - _BEGINNING) // timedelta(microseconds=1)
 
 
 def _instant(text: str) -> datetime | str:

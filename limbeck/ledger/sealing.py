@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator, Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,9 @@ import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from limbeck.errors import InputError, Problem, StaleError
-from limbeck.ledger.canonical import digest_json, iso
-from limbeck.ledger.merkle.fields import FIELDS, NOT_ASKED, Encoder, Leaf, Share, commit
+from limbeck.ledger.canonical import iso
+from limbeck.ledger.columns import batches, completion_digest
+from limbeck.ledger.merkle.fields import FIELDS, NOT_ASKED, Encoder, Leaf, Share, commit_hash
 from limbeck.ledger.merkle.order import LeafSet, LeavesFact
 from limbeck.ledger.merkle.salts import Salts
 from limbeck.ledger.merkle.tree import Hash
@@ -60,13 +62,13 @@ def seal(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
     ):
         for count, leaf in enumerate(leaves(recipe, run.root), 1):
             told = encoder.encode(leaf)
-            chunk.append(Row(told.text(), told.share.decode(), commit(salts, count - 1, told).hash))
+            chunk.append(Row(told.text(), told.share.decode(), commit_hash(salts, count - 1, told)))
             line.advance()
             if len(chunk) == _ROWS:
                 writer.write_table(_table(chunk))
                 chunk.clear()
         writer.write_table(_table(chunk))
-    fact = LeavesFact(count=count, nonce=nonce.hex(), salts=salts.id)
+    fact = LeavesFact(version=1, count=count, nonce=nonce.hex(), salts=salts.id)
     return {"leaves": fact.model_dump(mode="json"), "gate": NOT_ASKED}
 
 
@@ -81,9 +83,8 @@ def leaf_hashes(run: Path, facts: dict[str, JsonValue]) -> list[Hash]:
 
 def read_rows(run: Path) -> Iterator[Row]:
     """RUN/leaves.parquet, row by row. Raises what readers raise for damaged bytes."""
-    with pq.ParquetFile(run / LEAVES, pre_buffer=False) as file:
-        for batch in file.iter_batches(batch_size=_ROWS, columns=_SCHEMA.names):
-            yield from map(Row, *(batch.column(name).to_pylist() for name in _SCHEMA.names))
+    for batch in batches(run / LEAVES, _SCHEMA.names, _ROWS):
+        yield from map(Row, *(batch.column(name).to_pylist() for name in _SCHEMA.names))
 
 
 def read_row(run: Path, row: int) -> Row | None:
@@ -169,19 +170,33 @@ def leaves(recipe: Recipe, run: Path) -> Iterator[Leaf]:
     }
     samplings: dict[int, JsonValue] = {}
     told_writers: dict[tuple[str, str | None], JsonValue] = {}
+    shares: dict[tuple[str, str, int], Share] = {}
     answers = _answers(run)
     for place, example in enumerate(_examples(run / "examples" / "examples.parquet")):
-        completion = next((found for name, found in answers if name == example.completion), None)
+        completion = None
+        for name, answer in answers:
+            if name == example.completion:
+                completion = answer
+                break
         if completion is None:
             where, found = f"examples: row {place}: parent", example.completion
             expected = "a completion of completions.parquet, in their order"
             raise StaleError("examples without their completions", [Problem(where, found, expected, _REMEDY)])
         prompt_writer = writers.get(completion.prompt_id)
-        sampling = samplings.setdefault(completion.sample, _sampling(recipe, completion.sample))
+        if (sampling := samplings.get(completion.sample)) is None:
+            sampling = samplings[completion.sample] = _sampling(recipe, completion.sample)
+        who = completion.model, prompt_writer
+        if (told := told_writers.get(who)) is None:
+            told = told_writers[who] = _writers(*who)
+        counted = example.teacher, example.split, example.tokens
+        if (share := shares.get(counted)) is None:
+            share = Share.model_validate(dict(zip(("class", "split", "tokens"), counted, strict=True)))
+            if len(shares) < _REMEMBERED:
+                shares[counted] = share
         yield Leaf(
             (
                 completion_digest(completion.text, completion.reasoning, completion.finish_reason),
-                iso(completion.created),
+                _iso(completion.created),
                 example.id,
                 NOT_ASKED,
                 completion.model,
@@ -195,15 +210,22 @@ def leaves(recipe: Recipe, run: Path) -> Iterator[Leaf]:
                 completion.teacher,
                 completion.terms,
                 completion.weights,
-                told_writers.setdefault((completion.model, prompt_writer), _writers(completion.model, prompt_writer)),
+                told,
             ),
-            Share.model_validate({"class": example.teacher, "split": example.split, "tokens": example.tokens}),
+            share,
         )
 
 
-def completion_digest(text: str, reasoning: str | None, finish_reason: str) -> Digest:
-    """Digest of an answer by itself, whoever gave it to whatever prompt."""
-    return digest_json({"finish_reason": finish_reason, "reasoning": reasoning, "text": text})
+_REMEMBERED = 4096
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _iso(micros: int) -> str:
+    """A time from its microseconds since 1970. Answers that were written together have the same."""
+    return iso(_BEGINNING + timedelta(microseconds=micros))
+
+
+_BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def _sampling(recipe: Recipe, sample: int) -> JsonValue:
@@ -225,7 +247,8 @@ def _writers(model: str, prompt_writer: str | None) -> JsonValue:
 class _Answer(NamedTuple):
     """What a leaf takes over from a completion: these columns of its table."""
 
-    created: datetime
+    created: int
+    """Microseconds since 1970."""
     finish_reason: str
     model: str
     prompt_id: Digest
@@ -253,20 +276,26 @@ def _answers(run: Path) -> Iterator[tuple[Digest, _Answer]]:
 
 
 def _columns(path: Path, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """Rows of some columns. Of a table with ten columns more, and of messages in JSON, nothing is read."""
-    with pq.ParquetFile(path, pre_buffer=False) as file:
-        for batch in file.iter_batches(batch_size=_ROWS, columns=list(names)):
-            yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
+    """Rows of some columns, times as microseconds since 1970. Of a table with ten columns more, and of messages in
+    JSON, nothing is read.
+    """
+    for batch in batches(path, names, _ROWS):
+        yield from zip(*(_values(batch.column(name)) for name in names), strict=True)
+
+
+def _values(column: pa.Array) -> list[Any]:
+    return (
+        column.cast(pa.timestamp("us")).cast(pa.int64()) if pa.types.is_timestamp(column.type) else column
+    ).to_pylist()
 
 
 def _examples(path: Path) -> Iterator[_Example]:
     import numpy as np
 
     names = ("id", "completion", "split", "teacher")
-    with pq.ParquetFile(path, pre_buffer=False) as file:
-        for batch in file.iter_batches(batch_size=1024, columns=[*names, "mask"]):
-            mask = batch.column("mask")
-            total = np.concatenate([[0], np.cumsum(mask.values.to_numpy(zero_copy_only=False))])
-            ends = mask.offsets.to_numpy()
-            tokens = (total[ends[1:]] - total[ends[:-1]]).tolist()
-            yield from map(_Example, *(batch.column(name).to_pylist() for name in names), tokens)
+    for batch in batches(path, (*names, "mask"), 1024):
+        mask = batch.column("mask")
+        total = np.concatenate([[0], np.cumsum(mask.values.to_numpy(zero_copy_only=False))])
+        ends = mask.offsets.to_numpy()
+        tokens = (total[ends[1:]] - total[ends[:-1]]).tolist()
+        yield from map(_Example, *(batch.column(name).to_pylist() for name in names), tokens)

@@ -15,7 +15,6 @@ Laws:
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from typing import NamedTuple, Self
 from pydantic import JsonValue, ValidationError
 
 from limbeck.errors import InputError, Problem, RunDirError, VerificationError, as_disk_full
-from limbeck.ledger.canonical import EMPTY, canonical, digest_bytes, iso
+from limbeck.ledger.canonical import DEEPEST, EMPTY, canonical, digest_bytes, exact, iso, read_json, refuse_deep
 from limbeck.ledger.code import code_version
 from limbeck.ledger.layout import APPLICATION_ID, FORMAT, SCHEMA, TREE
 from limbeck.ledger.merkle.fields import entry_hash
@@ -40,8 +39,9 @@ _WAIT_SECONDS = 30.0
 
 _AGAIN = "; run the same recipe again to bring it up to date"
 
-_EXACT = 2**53
-"""Integers from here on are not exact in JSON (RFC 7493 section 2.2)."""
+
+LONGEST_BODY = 2**24
+"""Bytes of a value that a verifier reads."""
 
 
 class Row(NamedTuple):
@@ -69,17 +69,7 @@ def parse_entry(body: str | bytes) -> Entry:
     """The entry of a stored body: `entry_body(parse_entry(b)) == b` for every b that `entry_body` made.
     Raises `ValueError`.
     """
-    return Entry.model_validate(json.loads(body, parse_int=_number, parse_constant=_refuse_constant))
-
-
-def _number(digits: str) -> int | float:
-    """RFC 8785 writes the float 1e20 without an exponent; it must come back as the float it was."""
-    value = int(digits)
-    return value if -_EXACT < value < _EXACT else float(digits)
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
+    return Entry.model_validate(read_json(body))
 
 
 class Ledger:
@@ -89,12 +79,17 @@ class Ledger:
         RunDirError: the path holds something that is not a ledger, or (`read_only`) nothing.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False):
+    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False, as_it_lies: bool = False):
+        """`as_it_lies` reads a file that nobody vouches for: no byte of it or beside it is changed, not even to undo an
+        append that a crash cut off, and no value is longer than `LONGEST_BODY`.
+        """
         self.path = Path(path)
         if read_only and not self.path.is_file():
             raise _not_a_ledger(self.path, "no such file")
+        if as_it_lies and (found := at_rest(self.path)):
+            raise _not_a_ledger(self.path, found)
         try:
-            self._db = _connect(self.path, read_only)
+            self._db = _connect(self.path, read_only, as_it_lies)
             try:
                 _prepare(self._db, self.path, read_only)
             except BaseException:
@@ -136,7 +131,7 @@ class Ledger:
             VerificationError: the ledger as it stands is broken; nothing is added.
 
         """
-        if problems := _unsayable("facts", dict(facts)):
+        if problems := [*_deep(facts), *_unsayable("facts", dict(facts))]:
             raise InputError(f"the facts of stage {stage} cannot be recorded", problems)
         code = code_version()
         self._db.execute("BEGIN IMMEDIATE")
@@ -175,7 +170,12 @@ class Ledger:
 
     def rows(self) -> list[Row]:
         """All rows in the order of their index, unchecked. Raises what SQLite raises for a damaged file."""
-        return [Row(*row) for row in self._db.execute("SELECT idx, digest, body FROM entries ORDER BY idx")]
+        rows: list[Row] = []
+        for row in self._db.execute("SELECT idx, digest, body FROM entries ORDER BY idx"):
+            if rows and not row[0] > rows[-1].position:  # pages that are reached twice, without an end
+                raise sqlite3.DatabaseError("entries that do not ascend")
+            rows.append(Row(*row))
+        return rows
 
     def entries(self) -> list[Entry]:
         """All entries, oldest first. Raises `VerificationError` with every break of the chain."""
@@ -204,15 +204,17 @@ class Ledger:
 
     def schema_problems(self) -> list[Problem]:
         """Every way in which the file's tables and triggers are not those of a ledger, and what SQLite itself
-        finds wrong with the file.
+        finds wrong with the file: that is not asked where tables are others, since they could have it compute things.
         """
-        found = dict(self._db.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
+        found = dict(self._db.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL LIMIT 100"))
         problems = [
             Problem(f"{self.path}: {name}", found.get(name) or "nothing", SCHEMA.get(name) or "nothing", _CHANGED)
             for name in sorted({*found, *SCHEMA})
             if found.get(name) != SCHEMA.get(name)
         ]
-        return problems + [
+        if problems:
+            return problems
+        return [
             Problem(str(self.path), text, "a sound SQLite file", _CHANGED)
             for (text,) in self._db.execute("PRAGMA integrity_check")
             if text != "ok"
@@ -251,6 +253,14 @@ def _one_line(error: Exception) -> str:
     return str(error)
 
 
+def _deep(facts: Mapping[str, object]) -> list[Problem]:
+    try:
+        refuse_deep({"facts": dict(facts)})
+    except ValueError as error:
+        return [Problem("facts", str(error), f"at most {DEEPEST} levels with the entry itself", "record it as text")]
+    return []
+
+
 def _unsayable(key: str, value: object) -> list[Problem]:
     """Every value in a JSON tree that RFC 8785 has no bytes for."""
     if isinstance(value, Mapping):
@@ -259,21 +269,43 @@ def _unsayable(key: str, value: object) -> list[Problem]:
         return [p for place, inner in enumerate(value) for p in _unsayable(f"{key}[{place}]", inner)]
     try:
         canonical(value)
+        if not exact(value):
+            raise ValueError("JSON writes it like an integer, and from 2**53 on those are not exact")
     except ValueError as error:
-        expected = "text, true, false, null, a finite number, or an integer below 2**53"
+        expected = "text, true, false, null, or a finite number: below 2**53 where JSON has no exponent for it"
         return [Problem(key, f"{value!r} ({error})", expected, "leave it out, or record it as text with the reason")]
     return []
 
 
-def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
+def at_rest(path: Path) -> str:
+    """Why an SQLite file cannot be read as it lies, without a look at anything beside it; empty where it can."""
+    if path.is_symlink():
+        return "a symbolic link"
+    for end in ("-journal", "-wal"):
+        beside = path.with_name(path.name + end)
+        if beside.is_symlink() or (beside.exists() and (not beside.is_file() or beside.stat().st_size)):
+            return f"{beside.name} beside it: a write was cut off or is under way; let limbeck finish it first"
+    with open(path, "rb") as file:
+        head = file.read(100)
+    if len(head) == 100 and max(head[18:20]) > 1:
+        return "an SQLite file whose journal mode is not that of a ledger"
+    if len(head) == 100 and head[56:60] != b"\0\0\0\1":
+        return "an SQLite file whose text is not UTF-8"
+    return ""
+
+
+def _connect(path: Path, read_only: bool, as_it_lies: bool = False) -> sqlite3.Connection:
     """A reader opens the file for writing where it may, only so that SQLite can undo an append that a crash
     cut off.
     """
-    mode = "rw" if read_only else "rwc"
+    mode = "ro&immutable=1" if as_it_lies else "rw" if read_only else "rwc"
     uri = f"{path.absolute().as_uri()}?mode={mode}"
     db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=_WAIT_SECONDS)
     db.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
     db.execute("PRAGMA trusted_schema = OFF")
+    if as_it_lies:
+        db.execute("PRAGMA cell_size_check = ON")
+        db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_BODY)
     return db
 
 

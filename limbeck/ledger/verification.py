@@ -36,7 +36,8 @@ import yaml
 
 from limbeck.errors import Problem, RunDirError
 from limbeck.ledger.canonical import CARD, EMPTY, digest_json, digest_path, manifest
-from limbeck.ledger.paths import OutsideError, refuse_other_than_run, safe_path
+from limbeck.ledger.paths import OutsideError, read_bounded, refuse_other_than_run, safe_path
+from limbeck.ledger.recipe_text import LONGEST, read_recipe_text
 from limbeck.ledger.staleness import inside_run, overtaken
 from limbeck.ledger.store import Ledger, Row, chain_problems, entry_body, parse_entry
 from limbeck.records import Digest, Entry
@@ -158,8 +159,11 @@ def _read_ledger(root: Path) -> _Read:
     from limbeck.ledger.commitments import Tree, check_tree
 
     try:
-        with Ledger(safe_path(root, "ledger.db"), read_only=True) as ledger:
-            problems, rows = ledger.schema_problems(), ledger.rows()
+        with Ledger(safe_path(root, "ledger.db"), read_only=True, as_it_lies=True) as ledger:
+            problems = ledger.schema_problems()
+            if problems:  # a view could be endless, and a damaged file hold the same page everywhere
+                return _Read([], [], problems, Tree())
+            rows = ledger.rows()
             entries = list(_entries(rows))
             tree = check_tree(ledger, rows, entries)
     except RunDirError as error:
@@ -215,11 +219,7 @@ def _latest_outputs(entries: Sequence[Entry]) -> dict[str, tuple[Entry, Digest]]
 def _recipe(root: Path, entries: Sequence[Entry]) -> list[Problem]:
     """Taken from the text, not from today's `Recipe`: one with more keys must still verify older runs."""
     try:
-        safe_path(root, "recipe.yaml")
-        text = (root / "recipe.yaml").read_text(encoding="utf-8")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ValueError("YAML aliases, which no run writes")
-        digest = digest_json(yaml.safe_load(text))
+        digest = digest_json(read_recipe_text(read_bounded(safe_path(root, "recipe.yaml"), LONGEST)))
     except OutsideError as error:
         return list(error.problems)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
@@ -291,7 +291,9 @@ def _files(root: Path, outputs: Mapping[str, tuple[Entry, Digest]]) -> tuple[fro
             problems.append(Problem(name, f"cannot be read: {error.strerror}", due, "make it readable"))
     for name in ("recipe.yaml", "journal.db") if "completions.parquet" in present else ():
         try:
-            safe_path(root, name)
+            path = safe_path(root, name)
+            if name == "recipe.yaml" and path.exists() and path.stat().st_size > LONGEST:
+                continue  # said elsewhere
             present.add(name)  # even where it is missing: that is a difference
         except OutsideError as error:
             problems += error.problems

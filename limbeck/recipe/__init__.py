@@ -179,7 +179,9 @@ class Collect(Part):
         return self.batch if isinstance(self.batch, Batch) else Batch() if self.batch else None
 
 
-def asking_problems(teachers: tuple[LocalTeacher | EndpointTeacher | FileTeacher, ...], collect: Collect) -> list[Problem]:
+def asking_problems(
+    teachers: tuple[LocalTeacher | EndpointTeacher | FileTeacher, ...], collect: Collect
+) -> list[Problem]:
     """What is to be asked of teachers that cannot be asked it."""
     problems = []
     for key in ("tools", "json_schema", "logprobs"):

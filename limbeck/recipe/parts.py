@@ -31,8 +31,9 @@ def _no_truth(error: Literal["int_type", "float_type"]) -> BeforeValidator:
 WHOLE = _no_truth("int_type")
 NUMBER = _no_truth("float_type")
 
-PositiveInt = Annotated[int, Field(gt=0), WHOLE]
-NonNegativeInt = Annotated[int, Field(ge=0), WHOLE]
+# Integers from 2^53 on have no exact JSON, and so no digest.
+PositiveInt = Annotated[int, Field(gt=0, lt=2**53), WHOLE]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**53), WHOLE]
 PositiveFloat = Annotated[float, Field(gt=0), NUMBER]
 NonNegativeFloat = Annotated[float, Field(ge=0), NUMBER]
 Share = Annotated[float, Field(ge=0, le=1), NUMBER]

@@ -58,8 +58,6 @@ class Fault(NamedTuple):
     """Options of both, with KEY for the key that has to have signed, KEPT for a checkpoint, HEAD for a head digest."""
     unseen: str = ""
     """Why the second verifier cannot see it, where it cannot."""
-    missed: str = ""
-    """Why the first does not see it: a bug to be mended there, and this to be taken away then."""
 
 
 def flip(name: str, at: int = -1, bit: int = 1) -> Callable[[Case], None]:

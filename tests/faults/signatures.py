@@ -21,8 +21,7 @@ FAULTS = [
     Fault(
         "no payloadType",
         enveloped(8, lambda e: e.pop("payloadType")),
-        "entry 8: envelope",
-        missed="the first takes an envelope without payloadType",
+        "payloadType",
     ),
     Fault(
         "weights that another stage than train wrote",

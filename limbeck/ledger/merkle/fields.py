@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import sha256
+from json.encoder import encode_basestring as quoted
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from limbeck.ledger.canonical import canonical
 from limbeck.ledger.merkle.salts import SALT, Salts
-from limbeck.ledger.merkle.tree import Hash, inclusion_path, leaf_hash, root, root_from_path, subtree_of
+from limbeck.ledger.merkle.tree import LEAF, Hash, inclusion_path, leaf_hash, root, root_from_path, subtree_of
 
 FIELDS = (
     "completion",
@@ -123,7 +124,7 @@ class Encoded(NamedTuple):
 
     def text(self) -> str:
         """The canonical JSON object of the private fields."""
-        return (b"{%b}" % b",".join(map(b"".join, zip(_KEYS, self.fields, strict=True)))).decode()
+        return (_OBJECT % self.fields).decode()
 
 
 class Encoder:
@@ -135,12 +136,12 @@ class Encoder:
     def encode(self, leaf: Leaf) -> Encoded:
         """Raises `ValueError` for values JSON cannot say exactly."""
         share = leaf.share
-        return Encoded(
-            tuple(canonical(v) if type(v) is str else self._nested(v) for v in leaf.fields),
-            share_bytes(canonical(share.teacher), share.split, share.tokens),
-        )
+        fields = tuple([quoted(v).encode() if type(v) is str else self._nested(v) for v in leaf.fields])
+        return Encoded(fields, share_bytes(canonical(share.teacher), share.split, share.tokens))
 
     def _nested(self, value: JsonValue) -> bytes:
+        if type(value) is list and len(value) == 1 and type(value[0]) is str:  # one parent, another in each row
+            return f"[{quoted(value[0])}]".encode()
         if not value or not (isinstance(value, dict) or (isinstance(value, list) and isinstance(value[0], list))):
             return canonical(value)
         known = self._known.get(id(value))
@@ -164,8 +165,11 @@ def share_bytes(teacher: bytes, split: str, tokens: int) -> bytes:
     return b'{"class":%b,"split":"%b","tokens":%d}' % (teacher, split.encode(), tokens)
 
 
-_KEYS = tuple(b'"%b":' % name.encode() for name in FIELDS)
+_OBJECT = b"{%b}" % b",".join(b'"%b":%%b' % name.encode() for name in FIELDS)
 _PREFIXES = tuple(bytes([len(name)]) + name.encode() for name in FIELDS)
+_SHARE = bytes([len(SHARE)]) + SHARE.encode()
+_LEAF_EXAMPLE = LEAF + _EXAMPLE
+_SALTS_AT = tuple(range(0, SALT * len(FIELDS), SALT))
 
 
 def commit(salts: Salts, row: int, encoded: Encoded) -> Committed:
@@ -177,6 +181,19 @@ def commit(salts: Salts, row: int, encoded: Encoded) -> Committed:
     ]
     private, share = root(digests, _NODE), field_digest(SHARE, own[-1], encoded.share)
     return Committed(own, digests, private, share, example_hash(private, share))
+
+
+def commit_hash(salts: Salts, row: int, encoded: Encoded) -> Hash:
+    """The hash of `commit` alone, in less time: sealing and verifying want no more of a million rows."""
+    data = salts.row_bytes(row, len(FIELDS) + 1)
+    level = [
+        sha256(_FIELD + data[at : at + SALT] + prefix + value).digest()
+        for at, prefix, value in zip(_SALTS_AT, _PREFIXES, encoded.fields, strict=True)
+    ]
+    while len(level) > 1:  # a whole tree: the number of fields is a power of two
+        level = [sha256(_NODE + a + b).digest() for a, b in zip(level[::2], level[1::2], strict=True)]
+    share = sha256(_FIELD + data[-SALT:] + _SHARE + encoded.share).digest()
+    return sha256(_LEAF_EXAMPLE + level[0] + share).digest()
 
 
 def salts_of(data: bytes) -> list[bytes]:

@@ -18,12 +18,20 @@ class LeavesFact(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    version: Literal[1] = 1
+    version: Literal[1]
     count: Annotated[int, Field(ge=0, lt=2**53)]
     nonce: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     """Hex; the salts' key is extracted with it."""
     salts: Digest
     """Names the salts' key."""
+
+
+class LeavesFactError(ValueError):
+    """The fact `leaves` of an entry is not of its form."""
+
+    def __init__(self, index: int, why: ValueError):
+        super().__init__(str(why))
+        self.index = index
 
 
 class LeafSet(NamedTuple):
@@ -45,10 +53,13 @@ def leaves_fact(entry: Entry) -> LeavesFact | None:
 
 
 def leaf_sets(entries: Iterable[Entry]) -> tuple[LeafSet, ...]:
-    """All sets, oldest first. Raises `ValueError` where an entry's fact is malformed."""
+    """All sets, oldest first. Raises `LeavesFactError` where an entry's fact is malformed."""
     found, place = [], 0
     for entry in entries:
-        fact = leaves_fact(entry)
+        try:
+            fact = leaves_fact(entry)
+        except ValueError as error:
+            raise LeavesFactError(entry.index, error) from None
         if fact is not None:
             found.append(LeafSet(entry, fact, place))
             place += fact.count

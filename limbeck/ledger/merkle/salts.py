@@ -40,8 +40,12 @@ class Salts:
 
     def row(self, row: int, count: int) -> list[bytes]:
         """The salts of a row's `count` fields, in the order of the fields."""
-        data = expand(self.key, b"limbeck/salts/1" + row.to_bytes(8, "big"), SALT * count)
+        data = self.row_bytes(row, count)
         return [data[i : i + SALT] for i in range(0, len(data), SALT)]
+
+    def row_bytes(self, row: int, count: int) -> bytes:
+        """The same, one after the other."""
+        return expand(self.key, b"limbeck/salts/1" + row.to_bytes(8, "big"), SALT * count)
 
     def order(self) -> bytes:
         """The salt of the commitment to the seed of the data's order."""

@@ -111,16 +111,22 @@ class StoredTree:
         for first, data in self._db.execute(f"SELECT first, {_SHORT} FROM hashes ORDER BY first"):
             whole = isinstance(data, bytes) and len(data) % WIDTH == 0 and 0 < len(data) <= BLOCK * WIDTH
             if first != size or not whole or len(block) + len(data) > BLOCK * WIDTH:
-                found = f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
+                told = f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
                 expected = f"whole hashes from leaf {size} on, to the next multiple of {BLOCK} at most"
-                return [*problems, Problem(f"ledger.db: hashes from leaf {first} on", found, expected, _CHANGED)]
+                return [*problems, Problem(f"ledger.db: hashes from leaf {first} on", told, expected, _CHANGED)]
             size, block = size + len(data) // WIDTH, block + data
             if size % BLOCK == 0:
                 due[1, size // BLOCK - 1] = root(_cut(block))
                 block = b""
         due |= _above(due)
-        rows = self._db.execute("SELECT level, place, hash FROM subtrees")
-        found = {(level, place): bytes(h) if isinstance(h, bytes) else b"" for level, place, h in rows}
+        found: dict[tuple[int, int], bytes] = {}
+        before: tuple[int, int] | None = None
+        for level, place, h in self._db.execute("SELECT level, place, hash FROM subtrees ORDER BY level, place"):
+            if type(level) is not int or type(place) is not int or (before is not None and (level, place) <= before):
+                told, expected = f"level {str(level)[:40]}, place {str(place)[:40]}", "ascending levels and places"
+                return [*problems, Problem("ledger.db: subtrees", told, expected, _CHANGED)]
+            before = level, place
+            found[before] = h if isinstance(h, bytes) and len(h) == WIDTH else b""
         return problems + [
             Problem(
                 f"ledger.db: subtree {key[1]} of level {key[0]}",

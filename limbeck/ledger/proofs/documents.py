@@ -5,7 +5,6 @@ docs/ledger-format.md is the contract. Everything here is read strictly; nothing
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeVar
@@ -13,12 +12,12 @@ from typing import Annotated, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from limbeck.errors import InputError, Problem
-from limbeck.ledger.canonical import canonical, digest_bytes
+from limbeck.ledger.canonical import canonical, digest_bytes, read_json
 from limbeck.ledger.merkle.order import LeafSet, leaf_sets
 from limbeck.ledger.sealing import refuse_unsealed
 from limbeck.ledger.signing.checkpoints import Made, checkpoints
 from limbeck.ledger.signing.envelope import Envelope, KeyId, enveloped
-from limbeck.ledger.signing.statements import Checkpoint, Examples, refuse_other_form
+from limbeck.ledger.signing.statements import Checkpoint, Examples, refuse_contradictions, refuse_other_form
 from limbeck.records import Digest, Entry
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -148,7 +147,7 @@ def read_document(path: Path) -> ReadDocument:
         if path.stat().st_size > _BIGGEST:
             raise ValueError(f"{path.stat().st_size} bytes")
         data = path.read_bytes().removesuffix(b"\n")  # what came through a terminal's pipe
-        value = json.loads(data, object_pairs_hook=_no_key_twice, parse_constant=_refuse_constant)
+        value = read_json(data)
         kind = _FORMS.get(str(value.get("form"))) if isinstance(value, dict) else None
         if kind is None:
             raise ValueError(f"no form of {', '.join(_FORMS)}")
@@ -164,17 +163,6 @@ def read_document(path: Path) -> ReadDocument:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError("no proof", [Problem(str(path), str(error)[:200], "a proof", remedy)]) from None
     return ReadDocument(document, digest_bytes(data))
-
-
-def _no_key_twice(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key that comes twice")
-    return found
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
 
 
 class Covered(NamedTuple):
@@ -235,6 +223,7 @@ def signed_statement(signed: SignedRoot) -> Checkpoint:
         raise ValueError(f"the checkpoint's signature is not one by {signed.keyid}")
     statement = Checkpoint.model_validate(signed.statement)
     refuse_other_form(statement, signed.statement)
+    refuse_contradictions(statement)
     _ = statement.root  # raises where it is about something else
     return statement
 

@@ -17,6 +17,7 @@ from limbeck.ledger.sealing import salts_for
 from limbeck.ledger.signing.envelope import Envelope, sign
 from limbeck.ledger.signing.keys import signing_key
 from limbeck.ledger.signing.statements import (
+    WEIGHTS,
     Checkpoint,
     CheckpointPredicate,
     Examples,
@@ -35,8 +36,6 @@ from limbeck.seeds import derive_seed
 STAGE = "checkpoint"
 SIGNED = (STAGE, "timestamp", "note")
 """Entries that no stage of a run wrote."""
-WEIGHTS = (".safetensors", ".bin", ".gguf")
-"""Ends of the names of files with weights."""
 
 
 class Made(NamedTuple):

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
 
-from limbeck.ledger.canonical import canonical, digest_bytes
+from limbeck.ledger.canonical import canonical, digest_bytes, read_json
 from limbeck.records import Digest
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ class Envelope(_Strict):
     """A signed statement."""
 
     payload: str
-    payload_type: Literal["application/vnd.in-toto+json"] = Field(default=PAYLOAD_TYPE, alias="payloadType")
+    payload_type: Literal["application/vnd.in-toto+json"] = Field(alias="payloadType")
     signatures: Annotated[list[Signature], Field(min_length=1, max_length=1)]
 
     @property
@@ -65,7 +64,7 @@ class Envelope(_Strict):
     def statement(self) -> JsonValue:
         """What was signed. Raises `ValueError` where its bytes are not canonical JSON."""
         data = unbase64(self.payload)
-        value = json.loads(data)
+        value = read_json(data)
         if canonical(value) != data:
             raise ValueError("a payload that is not canonical JSON")
         return value

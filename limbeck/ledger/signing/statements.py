@@ -11,6 +11,9 @@ STATEMENT = "https://in-toto.io/Statement/v1"
 CHECKPOINT = "urn:x-limbeck:checkpoint:1"
 NOTE = "urn:x-limbeck:note:1"
 
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+"""Ends of the names of files with weights."""
+
 Kind = Literal["collection-closed", "training-intended", "training-done", "by-hand"]
 Hex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Moment = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
@@ -86,6 +89,27 @@ def refuse_other_form(statement: _Statement, said: JsonValue) -> None:
     """
     if statement.value() != said:
         raise ValueError("a statement with keys that do not apply to it")
+
+
+def refuse_contradictions(statement: Checkpoint) -> None:
+    """Raises `ValueError` for a checkpoint that cannot be one, whatever ledger it is of: its kind demands other keys or
+    subjects, or it has more examples than leaves.
+    """
+    said = statement.predicate
+    intended = said.kind == "training-intended"
+    for name, value in (("recipe", said.recipe), ("order", said.order)):
+        if (value is not None) != intended:
+            raise ValueError(f"{name}: {value}, expected {'a digest' if intended else 'none'} for {said.kind}")
+    if said.examples and said.examples.first + said.examples.count > said.size:
+        raise ValueError(f"examples: {said.examples.count} from leaf {said.examples.first} on, of {said.size} leaves")
+    names = [one.name for one in statement.subject[1:]]
+    if names and said.kind != "training-done":
+        raise ValueError(f"subject: {names[0]}, expected none but the ledger for {said.kind}")
+    if names != sorted(set(names)):
+        raise ValueError(f"subject: {', '.join(names)}, expected files sorted by path, each once")
+    for name in names:
+        if not name.startswith("student/") or not name.endswith(WEIGHTS):
+            raise ValueError(f"subject: {name}, expected a file of student/ that ends in one of {', '.join(WEIGHTS)}")
 
 
 class Checkpoint(_Statement):
