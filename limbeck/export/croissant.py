@@ -180,7 +180,9 @@ def _field(name: str, column: _Column) -> Object:
         "dataType": column.kind,
         "source": {"fileObject": {"@id": f"{name}.parquet"}, "extract": {"column": column.name}},
     }
-    return told | ({"references": {"field": {"@id": "prompts/id"}}} if column.name == "prompt_id" else {})
+    if column.name == "prompt_id":
+        told["references"] = {"field": {"@id": "prompts/id"}}
+    return told
 
 
 def _rai(facts: Facts, first: str, last: str) -> Object:

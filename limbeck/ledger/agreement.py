@@ -122,8 +122,8 @@ def _values(column: pa.Array) -> list[Any]:
 
 @_quiet
 def prompts_agree(path: Path) -> Prompts | None:
-    """Every prompt's id is the digest of its messages, and none comes twice. Prompts with tools or a schema of their own
-    are left to the slower way.
+    """Every prompt's id is the digest of its messages, and none comes twice. Prompts with tools or a schema of their
+    own are left to the slower way.
     """
     found = Prompts()
     for columns in _rows(path, Prompt):
