@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from limbeck.collect.collect import collect
+from limbeck.collect.digests import DigestSet
 from limbeck.collect.endpoints.prices import Prices, dollars, picodollars, prices_of
 from limbeck.collect.endpoints.teacher import Endpoint
 from limbeck.collect.files import iter_file_prompts
@@ -28,7 +29,7 @@ from limbeck.collect.teachers import make_teacher
 from limbeck.errors import InputError, Problem
 from limbeck.evaluate.statistics import ratio_interval
 from limbeck.progress import Progress
-from limbeck.recipe import FilePrompts, Recipe, SelfPrompt
+from limbeck.recipe import DatasetPrompts, FilePrompts, Recipe, SelfPrompt
 from limbeck.records import Completion, Prompt, Split
 from limbeck.rundir import RunDir
 from limbeck.seeds import derive_seed
@@ -113,13 +114,13 @@ class _Bounds(NamedTuple):
 
 def _prompts(recipe: Recipe) -> Iterator[Prompt]:
     """The different prompts of all files."""
-    seen = set()
-    for source in (one for one in recipe.prompts if isinstance(one, FilePrompts)):
+    seen = DigestSet()
+    for source in (one for one in recipe.prompts if isinstance(one, FilePrompts | DatasetPrompts)):
         for row in iter_file_prompts(source):
             if row.id in seen:
                 continue
             seen.add(row.id)
-            where = {"source": source.path, "licence": source.licence}
+            where = {"source": source.name, "licence": source.licence}
             yield Prompt(id=row.id, messages=row.messages, split=Split.TRAIN, **where)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from limbeck.errors import InputError, ModelError, Problem, RecipeError
 from limbeck.ledger.canonical import digest_file
 from limbeck.recipe import FilePrompts, LocalTeacher, PretrainedStudent, PrunedStudent, Recipe, SelfPrompt
+from limbeck.recipe.prompts import rows_of
 from limbeck.records import Digest
 
 if TYPE_CHECKING:
@@ -91,15 +92,19 @@ def _noting(errors: list[InputError], key: str) -> Iterator[None]:
 
 def _check_prompts(recipe: Recipe, errors: list[InputError]) -> dict[str, Digest]:
     """Read every row of every prompt file, and count whether some can be held out and some trained on."""
+    from limbeck.collect.digests import DigestSet
     from limbeck.collect.files import iter_file_prompts
     from limbeck.collect.split import reserve
 
-    digests, ids, before = {}, set(), len(errors)
+    digests, ids, before = {}, DigestSet(), len(errors)
     for index, source in enumerate(recipe.prompts):
-        if isinstance(source, FilePrompts):
-            with _noting(errors, f"prompts.{index}"):
-                ids |= {row.id for row in iter_file_prompts(source)}
-                digests[f"prompts:{source.path}"] = digest_file(source.path)
+        for key, rows in rows_of(source):
+            with _noting(errors, f"prompts.{index}{key and '.'}{key}"):
+                for row in iter_file_prompts(rows):
+                    if not key:
+                        ids.add(row.id)
+                if isinstance(rows, FilePrompts):
+                    digests[f"prompts:{rows.path}"] = digest_file(rows.path)
     if len(errors) == before:
         own = sum(source.count for source in recipe.prompts if isinstance(source, SelfPrompt))
         with _noting(errors, "evaluate.held_out"):

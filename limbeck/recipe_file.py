@@ -210,8 +210,10 @@ def _absolute_paths(recipe: Recipe, base: Path) -> dict[str, Any]:
     """The recipe's values with the paths of prompt files and models absolute."""
     data = recipe.model_dump()
     for source in data["prompts"]:
-        if "path" in source:
-            source["path"] = _absolute(source["path"], base)
+        for rows in (source, *(value for value in source.values() if isinstance(value, dict))):
+            # A data set's path may be a name on the hub: it is a path here where there is such a directory.
+            if "path" in rows and (rows["kind"] == "file" or Path(_absolute(rows["path"], base)).is_dir()):
+                rows["path"] = _absolute(rows["path"], base)
     teachers = data["teacher"] if isinstance(data["teacher"], tuple) else (data["teacher"],)
     if data["collect"]["journal"] is not None:
         data["collect"]["journal"] = _absolute(data["collect"]["journal"], base)

@@ -1,21 +1,22 @@
 """The stage `prompts`: all sources of a recipe to prompts.parquet.
 
 Equal prompts are kept once, from the first source that has them. Files are read twice, once for what is in
-them and once for what is written, so that memory holds an id a prompt and not the prompts.
+them and once for what is written, so that memory holds 32 bytes a prompt and not the prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, MutableSet, Sequence
 from dataclasses import dataclass, field
 
 from pydantic import JsonValue
 
+from limbeck.collect.digests import DigestSet
 from limbeck.collect.files import FileRow, iter_file_prompts
 from limbeck.collect.journal import Journal, held, journal_path
 from limbeck.collect.split import hold_out
 from limbeck.errors import Problem, PromptError
-from limbeck.recipe import FilePrompts, Recipe, SelfPrompt
+from limbeck.recipe import DatasetPrompts, FilePrompts, Recipe, SelfPrompt
 from limbeck.records import Digest, Message, Prompt, Split
 from limbeck.rundir import RunDir
 from limbeck.tables import write_records
@@ -27,7 +28,7 @@ __all__ = ["FileRow", "gather", "iter_file_prompts"]
 class _Gathered:
     """One source and what was taken from it."""
 
-    source: FilePrompts | SelfPrompt
+    source: FilePrompts | DatasetPrompts | SelfPrompt
     name: str
     licence: str
     writer: str | None = None
@@ -38,12 +39,12 @@ class _Gathered:
     facts: dict[str, JsonValue] = field(default_factory=dict)
 
     def read(self) -> Iterator[tuple[Digest, tuple[Message, ...]]]:
-        if isinstance(self.source, FilePrompts):
+        if isinstance(self.source, FilePrompts | DatasetPrompts):
             yield from ((row.id, row.messages) for row in iter_file_prompts(self.source))
         else:
             yield from ((Prompt.id_of(messages), messages) for messages in self.written)
 
-    def take(self, known: set[Digest]) -> None:
+    def take(self, known: MutableSet[Digest]) -> None:
         """Add the ids that are not known yet."""
         for prompt_id, _ in self.read():
             self.rows += 1
@@ -70,11 +71,11 @@ def gather(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
     write, `InputError` where too few prompts come together to train and to evaluate, or where too few of
     those that the teacher writes are of use.
     """
-    known: set[Digest] = set()
+    known = DigestSet()
     gathered = []
     for source in recipe.prompts:
-        if isinstance(source, FilePrompts):
-            part = _Gathered(source, source.path, source.licence)
+        if isinstance(source, FilePrompts | DatasetPrompts):
+            part = _Gathered(source, source.name, source.licence)
         else:
             number = sum(isinstance(before.source, SelfPrompt) for before in gathered)
             part = _self_prompted(recipe, source, number, known, run)
@@ -91,7 +92,9 @@ def gather(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
     }
 
 
-def _prompts(gathered: Sequence[_Gathered], open_ids: set[Digest], held_out: frozenset[Digest]) -> Iterator[Prompt]:
+def _prompts(
+    gathered: Sequence[_Gathered], open_ids: MutableSet[Digest], held_out: frozenset[Digest]
+) -> Iterator[Prompt]:
     """Each prompt at its first place; empties `open_ids`. Raises `PromptError` where a file is no longer
     what it was.
     """

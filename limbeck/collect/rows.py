@@ -56,7 +56,7 @@ def messages_of(row: dict[str, JsonValue], column: str | None) -> tuple[Message,
         value = [asked]
     if not isinstance(value, list):
         return Wrong(f"{name}: {shown(value)}", "text, or a list of messages", "write the prompt as text in quotes")
-    return _chat(name, value)
+    return chat_of(name, value)
 
 
 def _from_json(text: str) -> list[JsonValue] | Wrong:
@@ -74,7 +74,8 @@ def _from_json(text: str) -> list[JsonValue] | Wrong:
     )
 
 
-def _chat(name: str, value: Sequence[JsonValue]) -> tuple[Message, ...] | Wrong:
+def chat_of(name: str, value: Sequence[JsonValue]) -> tuple[Message, ...] | Wrong:
+    """Messages that a teacher can be asked, or what is wrong with them; `name` is the key they stood under."""
     messages = []
     for index, item in enumerate(value):
         message = _message(f"{name}[{index}]", item)

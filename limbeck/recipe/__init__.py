@@ -21,6 +21,11 @@ from pydantic_core import PydanticCustomError
 from limbeck.errors import Problem
 from limbeck.ledger.canonical import digest_json
 from limbeck.recipe.parts import WHOLE, NonNegativeFloat, NonNegativeInt, Part, PositiveFloat, PositiveInt, Probability
+from limbeck.recipe.prompts import DatasetPrompts as DatasetPrompts
+from limbeck.recipe.prompts import FilePrompts as FilePrompts
+from limbeck.recipe.prompts import PromptSource
+from limbeck.recipe.prompts import SelfPrompt as SelfPrompt
+from limbeck.recipe.prompts import Template as Template
 from limbeck.recipe.teachers import AnthropicTeacher as AnthropicTeacher
 from limbeck.recipe.teachers import EndpointTeacher, LocalTeacher, Teacher, endpoint_problems
 from limbeck.recipe.teachers import OpenAITeacher as OpenAITeacher
@@ -56,43 +61,6 @@ Teachers = Annotated[
     Discriminator(_one_or_many),
 ]
 """One teacher or a list. Told apart by shape, so that an error speaks of the form that was written only."""
-
-
-class FilePrompts(Part):
-    """Prompts from a JSONL, Parquet or CSV file, with rows of `messages` or of `prompt`."""
-
-    kind: Literal["file"] = "file"
-    """Rows of a file."""
-    path: str
-    """The file. A relative path starts at the recipe's directory, or else at the working directory."""
-    format: Literal["auto", "jsonl", "parquet", "csv"] = "auto"
-    """`auto` goes by the file's suffix."""
-    column: str | None = None
-    """The column with the prompt's text, where it is called neither `prompt` nor `messages`."""
-    licence: str = "unknown"
-    """SPDX id of the licence the prompts are under."""
-    limit: PositiveInt | None = None
-    """Use only the first so many different prompts."""
-
-
-class SelfPrompt(Part):
-    """Prompts the teacher writes itself: it is given its own chat template up to the user's turn."""
-
-    kind: Literal["self-prompt"] = "self-prompt"
-    """Written by the teacher."""
-    count: PositiveInt
-    """How many different prompts to gather."""
-    max_tokens: PositiveInt = 48
-    """Longest prompt kept, in tokens; what runs longer is dropped, not cut."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature of the prompts; higher is more varied."""
-    top_p: Probability = 0.95
-    """Each token is drawn from the likeliest ones that together have this probability."""
-    system: str | None = None
-    """A system message to start from; None leaves what the chat template puts there itself."""
-
-
-PromptSource = Annotated[FilePrompts | SelfPrompt, Field(discriminator="kind")]
 
 
 class Budget(Part):
