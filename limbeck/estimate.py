@@ -29,7 +29,8 @@ from limbeck.collect.teachers import make_teacher
 from limbeck.errors import InputError, Problem
 from limbeck.evaluate.statistics import ratio_interval
 from limbeck.progress import Progress
-from limbeck.recipe import DatasetPrompts, FilePrompts, Recipe, SelfPrompt
+from limbeck.recipe import DatasetPrompts, FilePrompts, Recipe
+from limbeck.recipe.prompts import WrittenPrompts
 from limbeck.records import Completion, Prompt, Split
 from limbeck.rundir import RunDir
 from limbeck.seeds import derive_seed
@@ -90,7 +91,7 @@ def estimate(
     if pilot:
         _refuse_pilot(recipe, pilot, len(chosen), path)
     count = sum(1 for _ in _prompts(recipe))
-    own = sum(source.count for source in recipe.prompts if isinstance(source, SelfPrompt))
+    own = sum(source.count for source in recipe.prompts if not isinstance(source, FilePrompts | DatasetPrompts))
     bounds = _bounds(recipe, teachers, priced, path)
     measured = {}
     if pilot and path is not None:
@@ -206,7 +207,11 @@ def _figures(
     cap = recipe.collect.budget.money
     if priced:
         worst = bounds.money if cap is None else min(bounds.money, picodollars(cap))
-        yield figure("money", "US dollars", "money", dollars(1), dollars(worst))
+        if cap is not None and any(isinstance(source, WrittenPrompts) for source in recipe.prompts):
+            worst = picodollars(cap)
+        # Nobody knows beforehand how many candidates it takes until enough prompts were written that are kept.
+        bounded = cap is not None or not any(isinstance(source, WrittenPrompts) for source in recipe.prompts)
+        yield figure("money", "US dollars", "money", dollars(1), dollars(worst) if bounded else None)
     endpoints = sum(teacher.kind != "local" for teacher in recipe.teachers)
     requests = prompts * endpoints * recipe.collect.samples
     yield figure("time", "seconds", "seconds", 1 / max(1, min(recipe.collect.concurrency, requests)), None)

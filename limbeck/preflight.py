@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from limbeck.errors import InputError, ModelError, Problem, RecipeError
 from limbeck.ledger.canonical import digest_file
-from limbeck.recipe import FilePrompts, LocalTeacher, PretrainedStudent, PrunedStudent, Recipe, SelfPrompt
-from limbeck.recipe.prompts import rows_of
+from limbeck.recipe import DatasetPrompts, FilePrompts, LocalTeacher, PretrainedStudent, PrunedStudent, Recipe
+from limbeck.recipe.prompts import WrittenPrompts, rows_of
 from limbeck.records import Digest
 
 if TYPE_CHECKING:
@@ -97,6 +97,9 @@ def _check_prompts(recipe: Recipe, errors: list[InputError]) -> dict[str, Digest
     from limbeck.collect.split import reserve
 
     digests, ids, before = {}, DigestSet(), len(errors)
+    if any(isinstance(source, WrittenPrompts) for source in recipe.prompts) and find_spec("rapidfuzz") is None:
+        problem = Problem("this Python", "without rapidfuzz", "what compares prompts", "pip install 'limbeck[collect]'")
+        errors.append(InputError("a package is missing", [problem]))
     for index, source in enumerate(recipe.prompts):
         for key, rows in rows_of(source):
             with _noting(errors, f"prompts.{index}{key and '.'}{key}"):
@@ -106,7 +109,7 @@ def _check_prompts(recipe: Recipe, errors: list[InputError]) -> dict[str, Digest
                 if isinstance(rows, FilePrompts):
                     digests[f"prompts:{rows.path}"] = digest_file(rows.path)
     if len(errors) == before:
-        own = sum(source.count for source in recipe.prompts if isinstance(source, SelfPrompt))
+        own = sum(source.count for source in recipe.prompts if not isinstance(source, FilePrompts | DatasetPrompts))
         with _noting(errors, "evaluate.held_out"):
             reserve(len(ids) + own, recipe.evaluate.held_out)
     return digests

@@ -222,7 +222,10 @@ def _absolute_paths(recipe: Recipe, base: Path) -> dict[str, Any]:
             part["api_key_file"] = _absolute(part["api_key_file"], base)
     for part in (*(teacher for teacher in teachers if teacher["kind"] == "local"), data["student"]):
         if "model" in part and _is_path(part["model"], base):
-            part["model"] = _absolute(part["model"], base)
+            was, part["model"] = part["model"], _absolute(part["model"], base)
+            for source in data["prompts"]:
+                if source.get("by") == was and part is not data["student"]:
+                    source["by"] = part["model"]
     return data
 
 

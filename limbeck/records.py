@@ -44,6 +44,17 @@ class Message(_Record):
     content: str
 
 
+class Parent(_Record):
+    """What a prompt was made from."""
+
+    id: Digest
+    """`Prompt.id_of` its messages."""
+    source: str
+    """The file or data set."""
+    licence: str
+    """SPDX id of the source's licence, or `unknown`."""
+
+
 class Prompt(_Record):
     """What a teacher is asked: chat messages, where they came from, and which split they belong to."""
 
@@ -56,6 +67,8 @@ class Prompt(_Record):
     split: Split
     writer: str | None = None
     """The teacher that wrote the prompt's tokens (a `TeacherIdentity.name`), or None if no model did."""
+    parents: tuple[Parent, ...] = ()
+    """What its writer made it from; for an evolved prompt, the seed it began as."""
 
     @staticmethod
     def id_of(messages: tuple[Message, ...]) -> Digest:

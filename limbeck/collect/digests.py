@@ -1,7 +1,6 @@
 """A set of digests that takes 32 bytes an entry and little more.
 
-Python's own set of such strings takes about 200 bytes an entry; a million prompts then weigh more than everything else
-together.
+Python's own set holds an object of 120 bytes for each such text, beside the set's own table.
 """
 
 from __future__ import annotations

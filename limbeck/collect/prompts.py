@@ -17,7 +17,8 @@ from limbeck.collect.journal import Journal, held, journal_path
 from limbeck.collect.split import hold_out
 from limbeck.errors import Problem, PromptError
 from limbeck.recipe import DatasetPrompts, FilePrompts, Recipe, SelfPrompt
-from limbeck.records import Digest, Message, Prompt, Split
+from limbeck.recipe.prompts import PromptSource, WrittenPrompts, rows_of
+from limbeck.records import Digest, Message, Parent, Prompt, Split
 from limbeck.rundir import RunDir
 from limbeck.tables import write_records
 
@@ -28,25 +29,26 @@ __all__ = ["FileRow", "gather", "iter_file_prompts"]
 class _Gathered:
     """One source and what was taken from it."""
 
-    source: FilePrompts | DatasetPrompts | SelfPrompt
+    source: PromptSource
     name: str
     licence: str
     writer: str | None = None
-    written: Sequence[tuple[Message, ...]] = ()
+    written: Sequence[tuple[tuple[Message, ...], tuple[Parent, ...]]] = ()
     """The prompts of a source that is no file."""
     rows: int = 0
     kept: int = 0
     facts: dict[str, JsonValue] = field(default_factory=dict)
 
-    def read(self) -> Iterator[tuple[Digest, tuple[Message, ...]]]:
+    def read(self) -> Iterator[tuple[Digest, tuple[Message, ...], tuple[Parent, ...]]]:
+        """The prompts in their order: id, messages, and what they were made from."""
         if isinstance(self.source, FilePrompts | DatasetPrompts):
-            yield from ((row.id, row.messages) for row in iter_file_prompts(self.source))
+            yield from ((row.id, row.messages, ()) for row in iter_file_prompts(self.source))
         else:
-            yield from ((Prompt.id_of(messages), messages) for messages in self.written)
+            yield from ((Prompt.id_of(messages), messages, parents) for messages, parents in self.written)
 
     def take(self, known: MutableSet[Digest]) -> None:
         """Add the ids that are not known yet."""
-        for prompt_id, _ in self.read():
+        for prompt_id, *_ in self.read():
             self.rows += 1
             if prompt_id not in known:
                 known.add(prompt_id)
@@ -76,6 +78,8 @@ def gather(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
     for source in recipe.prompts:
         if isinstance(source, FilePrompts | DatasetPrompts):
             part = _Gathered(source, source.name, source.licence)
+        elif isinstance(source, WrittenPrompts):
+            part = _written(recipe, source, known, run)
         else:
             number = sum(isinstance(before.source, SelfPrompt) for before in gathered)
             part = _self_prompted(recipe, source, number, known, run)
@@ -100,7 +104,7 @@ def _prompts(
     """
     for part in gathered:
         rows = 0
-        for prompt_id, messages in part.read():
+        for prompt_id, messages, parents in part.read():
             rows += 1
             if prompt_id not in open_ids:
                 continue
@@ -112,6 +116,7 @@ def _prompts(
                 licence=part.licence,
                 split=Split.HELD_OUT if prompt_id in held_out else Split.TRAIN,
                 writer=part.writer,
+                parents=parents,
             )
         if rows != part.rows:
             raise _changed(part.name, f"{rows} rows", f"{part.rows} rows, as a moment before")
@@ -150,4 +155,26 @@ def _self_prompted(
         "candidate_tokens": written.tokens,
         "dropped": dict(sorted(written.dropped.items())),
     }
-    return _Gathered(source, f"self-prompt:{name}", teacher.licence, name, written.prompts, facts=facts)
+    own = [(messages, ()) for messages in written.prompts]
+    return _Gathered(source, f"self-prompt:{name}", teacher.licence, name, own, facts=facts)
+
+
+def _written(recipe: Recipe, source: WrittenPrompts, known: Collection[Digest], run: RunDir) -> _Gathered:
+    """The prompts that a teacher writes when it is told to."""
+    from limbeck.collect.written.kinds import make_kind
+    from limbeck.collect.written.source import write_source
+    from limbeck.collect.written.wording import wording_digest
+
+    written = write_source(recipe, source, known, run)
+    facts: dict[str, JsonValue] = {
+        "writer": written.writer.name,
+        "weights": written.writer.weights,
+        "terms": written.writer.terms,
+        "made_from": [{"source": rows.name, "licence": rows.licence} for _, rows in rows_of(source)],
+        "wording": {name: wording_digest(name) for name in make_kind(source, recipe.seed).wordings},
+        "candidates": written.candidates,
+        "candidate_tokens": written.tokens,
+        "dropped": dict(sorted(written.dropped.items())),
+    }
+    name = f"{source.kind}:{written.writer.name}"
+    return _Gathered(source, name, written.licence, written.writer.name, written.prompts, facts=facts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from jinja2 import StrictUndefined, Template, TemplateError, Undefined, UndefinedError, meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import JsonValue
 
 from limbeck import recipe
@@ -60,7 +60,7 @@ class Rendering:
                 there = shown(", ".join(row) or "none", 200)
                 remedy = "fill it in, correct the name, or write {{ column | default('') }}"
                 return Wrong(f"{shown(str(error), 200)}; columns {there}", "a value in every column used", remedy)
-            except (TemplateError, SecurityError, ArithmeticError, TypeError, ValueError, LookupError) as error:
+            except (TemplateError, ArithmeticError, TypeError, ValueError, LookupError) as error:
                 found = f"{type(error).__name__}: {shown(str(error), 200)}"
                 return Wrong(found, "a row that the template can be filled with", "correct the row or the template")
         return chat_of("template", chat)

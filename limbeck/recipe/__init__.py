@@ -22,8 +22,11 @@ from limbeck.errors import Problem
 from limbeck.ledger.canonical import digest_json
 from limbeck.recipe.parts import WHOLE, NonNegativeFloat, NonNegativeInt, Part, PositiveFloat, PositiveInt, Probability
 from limbeck.recipe.prompts import DatasetPrompts as DatasetPrompts
+from limbeck.recipe.prompts import DocumentPrompts as DocumentPrompts
+from limbeck.recipe.prompts import EvolvePrompts as EvolvePrompts
 from limbeck.recipe.prompts import FilePrompts as FilePrompts
-from limbeck.recipe.prompts import PromptSource
+from limbeck.recipe.prompts import PersonaPrompts as PersonaPrompts
+from limbeck.recipe.prompts import PromptSource, WrittenPrompts
 from limbeck.recipe.prompts import SelfPrompt as SelfPrompt
 from limbeck.recipe.prompts import Template as Template
 from limbeck.recipe.teachers import AnthropicTeacher as AnthropicTeacher
@@ -230,6 +233,11 @@ class Recipe(Part):
                     "remove it, or use collect.samples for more answers",
                 )
             )
+        for index, source in enumerate(self.prompts):
+            if isinstance(source, WrittenPrompts) and source.by not in (None, *names):
+                remedy = "name it as the teacher's `model` does"
+                expected = f"a teacher of the recipe: {', '.join(names)}"
+                problems.append(Problem(f"prompts.{index}.by", str(source.by), expected, remedy))
         served = self.signal.kind == "top_k" and self.signal.server is not None
         kinds = (
             self.student.kind,

@@ -129,7 +129,69 @@ class SelfPrompt(Part):
 RowPrompts = Annotated[FilePrompts | DatasetPrompts, Field(discriminator="kind")]
 """Rows that somebody wrote before."""
 
-PromptSource = Annotated[FilePrompts | DatasetPrompts | SelfPrompt, Field(discriminator="kind")]
+
+class _Written(Part):
+    count: PositiveInt
+    """How many different prompts to gather."""
+    by: str | None = None
+    """The teacher that writes them, by its `model`; null is the first. It is recorded as their writer."""
+    max_tokens: PositiveInt = 512
+    """Longest prompt, in tokens; what runs longer is dropped, not cut."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature of the prompts."""
+    top_p: Probability = 0.95
+    """Each token is drawn from the likeliest ones that together have this probability."""
+    min_words: PositiveInt = 3
+    """Prompts with fewer words are dropped."""
+    max_words: PositiveInt = 400
+    """Prompts with more words are dropped."""
+    similarity: Probability | None = 0.7
+    """Prompts more alike than this to what they were made from, or to one kept before, are dropped: twice the longest
+    common subsequence of words, over the words of both (ROUGE-L). null drops none."""
+
+
+class EvolvePrompts(_Written):
+    """Prompts that a teacher makes of others, harder ones or ones beside them (Evol-Instruct, arXiv 2304.12244)."""
+
+    kind: Literal["evolve"] = "evolve"
+    """Evolved from seeds."""
+    seeds: RowPrompts
+    """The prompts to begin with."""
+    rounds: PositiveInt = 3
+    """The first round evolves seeds, each later one what the round before made."""
+
+
+class PersonaPrompts(_Written):
+    """Prompts that a teacher writes as somebody else would: a persona with a task (arXiv 2406.20094)."""
+
+    kind: Literal["personas"] = "personas"
+    """A persona with a task."""
+    personas: RowPrompts
+    """Who asks, a description a row."""
+    tasks: RowPrompts
+    """What is asked for, a task a row."""
+
+
+class DocumentPrompts(_Written):
+    """Questions that a teacher asks about documents."""
+
+    kind: Literal["documents"] = "documents"
+    """Questions about documents."""
+    documents: RowPrompts
+    """The documents, one a row."""
+    words: PositiveInt = 300
+    """Words of the pieces that documents are cut into."""
+    show: bool = True
+    """Whether the piece stands in the prompt before the question; else it is only used to ask."""
+
+
+WrittenPrompts = EvolvePrompts | PersonaPrompts | DocumentPrompts
+"""Prompts that a teacher writes when it is told to."""
+
+PromptSource = Annotated[
+    FilePrompts | DatasetPrompts | SelfPrompt | EvolvePrompts | PersonaPrompts | DocumentPrompts,
+    Field(discriminator="kind"),
+]
 
 
 def rows_of(source: Part) -> Iterator[tuple[str, FilePrompts | DatasetPrompts]]:
