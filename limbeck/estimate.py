@@ -121,8 +121,9 @@ def _prompts(recipe: Recipe) -> Iterator[Prompt]:
             if row.id in seen:
                 continue
             seen.add(row.id)
-            where = {"source": source.name, "licence": source.licence}
-            yield Prompt(id=row.id, messages=row.messages, split=Split.TRAIN, **where)
+            yield Prompt(
+                id=row.id, messages=row.messages, source=source.name, licence=source.licence, split=Split.TRAIN
+            )
 
 
 def _chosen(recipe: Recipe, pilot: int) -> list[Prompt]:

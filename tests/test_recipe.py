@@ -228,11 +228,13 @@ def test_one_teacher_in_two_spellings_of_its_path_is_one_teacher(tmp_path):
 
 
 def keys_of(schema: dict, name: str = "Recipe", above: str = "") -> dict[str, str]:
-    """Every dotted key of the schema (but of prices, which not every teacher has), and the part it belongs to."""
+    """Every dotted key of the schema and the part it belongs to; but those of prices, which not every teacher has, and of
+    a template's messages, which are a list.
+    """
     found, part = {}, schema if name == "Recipe" else schema["$defs"][name]
     for key, value in part["properties"].items():
         found[above + key] = name
-        for inner in dict.fromkeys(re.findall(r"#/\$defs/((?!Price)\w+)", json.dumps(value))):
+        for inner in dict.fromkeys(re.findall(r"#/\$defs/((?!Price|TemplateMessage)\w+)", json.dumps(value))):
             found |= keys_of(schema, inner, f"{above}{key}.{'0.' if key == 'prompts' else ''}")
     return found
 

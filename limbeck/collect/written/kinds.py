@@ -83,7 +83,7 @@ def make_kind(source: WrittenPrompts, seed: int) -> Kind:
 class Evolve:
     """A `Kind`: seeds made harder, or something beside them."""
 
-    wordings = ("deepen", "widen")
+    wordings: tuple[str, ...] = ("deepen", "widen")
 
     def __init__(self, source: EvolvePrompts, seed: int):
         self.rounds, self._seed = source.rounds, seed
@@ -105,7 +105,8 @@ class Evolve:
 class Personas:
     """A `Kind`: each persona with each task, in an order drawn by the recipe's seed."""
 
-    rounds, wordings = 1, ("persona",)
+    rounds = 1
+    wordings: tuple[str, ...] = ("persona",)
 
     def __init__(self, source: PersonaPrompts, seed: int):
         self._personas, self._tasks = chosen(source.personas, source.count), chosen(source.tasks, source.count)
@@ -128,7 +129,8 @@ class Personas:
 class Documents:
     """A `Kind`: questions about pieces of documents."""
 
-    rounds, wordings = 1, ("question",)
+    rounds = 1
+    wordings: tuple[str, ...] = ("question",)
 
     def __init__(self, source: DocumentPrompts):
         self._show = source.show
