@@ -228,8 +228,8 @@ def test_one_teacher_in_two_spellings_of_its_path_is_one_teacher(tmp_path):
 
 
 def keys_of(schema: dict, name: str = "Recipe", above: str = "") -> dict[str, str]:
-    """Every dotted key of the schema and the part it belongs to; but those of prices, which not every teacher has, and of
-    a template's messages, which are a list.
+    """Every dotted key of the schema and the part it belongs to; but those of prices, which not every teacher has, and
+    of a template's messages, which are a list.
     """
     found, part = {}, schema if name == "Recipe" else schema["$defs"][name]
     for key, value in part["properties"].items():
