@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from limbeck.collect.collect import collect
+from limbeck.collect.digests import DigestSet
 from limbeck.collect.endpoints.prices import Prices, batch_prices_of, dollars, picodollars, prices_of
 from limbeck.collect.endpoints.teacher import Endpoint
 from limbeck.collect.files import iter_file_prompts
@@ -28,7 +29,8 @@ from limbeck.collect.teachers import make_teacher
 from limbeck.errors import InputError, Problem
 from limbeck.evaluate.statistics import ratio_interval
 from limbeck.progress import Progress
-from limbeck.recipe import NO_ENDPOINT, FilePrompts, Recipe, SelfPrompt
+from limbeck.recipe import NO_ENDPOINT, DatasetPrompts, FilePrompts, Recipe
+from limbeck.recipe.prompts import WrittenPrompts
 from limbeck.records import Completion, Prompt, Split
 from limbeck.rundir import RunDir
 from limbeck.seeds import derive_seed
@@ -97,7 +99,7 @@ def estimate(
         refuse_before(recipe)
         _refuse_pilot(recipe, pilot, len(chosen), path)
     count = sum(1 for _ in _prompts(recipe))
-    own = sum(source.count for source in recipe.prompts if isinstance(source, SelfPrompt))
+    own = sum(source.count for source in recipe.prompts if not isinstance(source, FilePrompts | DatasetPrompts))
     bounds = _bounds(recipe, teachers, priced, path)
     measured = {}
     if pilot and path is not None:
@@ -122,13 +124,13 @@ class _Bounds(NamedTuple):
 
 def _prompts(recipe: Recipe) -> Iterator[Prompt]:
     """The different prompts of all files."""
-    seen = set()
-    for source in (one for one in recipe.prompts if isinstance(one, FilePrompts)):
+    seen = DigestSet()
+    for source in (one for one in recipe.prompts if isinstance(one, FilePrompts | DatasetPrompts)):
         for row in iter_file_prompts(source):
             if row.id in seen:
                 continue
             seen.add(row.id)
-            where = {"source": source.path, "licence": source.licence}
+            where = {"source": source.name, "licence": source.licence}
             yield Prompt(id=row.id, messages=row.messages, split=Split.TRAIN, **where, **row.wanted._asdict())
 
 
@@ -216,7 +218,11 @@ def _figures(
     cap = recipe.collect.budget.money
     if priced:
         worst = bounds.money if cap is None else min(bounds.money, picodollars(cap))
-        yield figure("money", "US dollars", "money", dollars(1), dollars(worst))
+        if cap is not None and any(isinstance(source, WrittenPrompts) for source in recipe.prompts):
+            worst = picodollars(cap)
+        # Nobody knows beforehand how many candidates it takes until enough prompts were written that are kept.
+        bounded = cap is not None or not any(isinstance(source, WrittenPrompts) for source in recipe.prompts)
+        yield figure("money", "US dollars", "money", dollars(1), dollars(worst) if bounded else None)
     endpoints = sum(teacher.kind not in NO_ENDPOINT for teacher in recipe.teachers)
     requests = prompts * endpoints * recipe.collect.samples
     if recipe.collect.batched is None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from limbeck.errors import InputError, ModelError, Problem, RecipeError
 from limbeck.ledger.canonical import digest_file
 from limbeck.recipe import (
+    DatasetPrompts,
     EndpointTeacher,
     FilePrompts,
     FileTeacher,
@@ -22,8 +23,8 @@ from limbeck.recipe import (
     PretrainedStudent,
     PrunedStudent,
     Recipe,
-    SelfPrompt,
 )
+from limbeck.recipe.prompts import WrittenPrompts, rows_of
 from limbeck.records import Digest
 from limbeck.terms.stage import refuse_before
 
@@ -109,22 +110,29 @@ def _noting(errors: list[InputError], key: str) -> Iterator[None]:
 def _check_prompts(recipe: Recipe, errors: list[InputError]) -> dict[str, Digest]:
     """Read every row of every prompt file, and count whether some can be held out and some trained on."""
     from limbeck.collect.answers import read_answers
+    from limbeck.collect.digests import DigestSet
     from limbeck.collect.files import iter_file_prompts
     from limbeck.collect.split import reserve
 
-    digests, ids, before = {}, set(), len(errors)
+    digests, ids, before = {}, DigestSet(), len(errors)
+    if any(isinstance(source, WrittenPrompts) for source in recipe.prompts) and find_spec("rapidfuzz") is None:
+        problem = Problem("this Python", "without rapidfuzz", "what compares prompts", "pip install 'limbeck[collect]'")
+        errors.append(InputError("a package is missing", [problem]))
     for index, source in enumerate(recipe.prompts):
-        if isinstance(source, FilePrompts):
-            with _noting(errors, f"prompts.{index}"):
-                ids |= {row.id for row in iter_file_prompts(source)}
-                digests[f"prompts:{source.path}"] = digest_file(source.path)
+        for key, rows in rows_of(source):
+            with _noting(errors, f"prompts.{index}{key and '.'}{key}"):
+                for row in iter_file_prompts(rows):
+                    if not key:
+                        ids.add(row.id)
+                if isinstance(rows, FilePrompts):
+                    digests[f"prompts:{rows.path}"] = digest_file(rows.path)
     for teacher in recipe.teachers:
         if isinstance(teacher, FileTeacher):
             with _noting(errors, "teacher"):
                 read_answers(teacher)
                 digests[f"answers:{teacher.path}"] = digest_file(teacher.path)
     if len(errors) == before:
-        own = sum(source.count for source in recipe.prompts if isinstance(source, SelfPrompt))
+        own = sum(source.count for source in recipe.prompts if not isinstance(source, FilePrompts | DatasetPrompts))
         with _noting(errors, "evaluate.held_out"):
             reserve(len(ids) + own, recipe.evaluate.held_out)
     return digests
@@ -147,7 +155,7 @@ def _check_terms(recipe: Recipe, errors: list[InputError]) -> None:
             with _noting(errors, key):
                 find(teacher.terms)
     server = recipe.signal.server if recipe.signal.kind == "top_k" else None
-    if server is not None and server.terms not in (OWN_MODEL, UNKNOWN):
+    if server is not None and server.terms not in (None, OWN_MODEL, UNKNOWN):
         with _noting(errors, "signal.server.terms"):
             find(server.terms)
 

@@ -230,8 +230,10 @@ def _absolute_paths(recipe: Recipe, base: Path) -> dict[str, Any]:
     """The recipe's values with the paths of prompt files and models absolute."""
     data = recipe.model_dump()
     for source in data["prompts"]:
-        if "path" in source:
-            source["path"] = _absolute(source["path"], base)
+        for rows in (source, *(value for value in source.values() if isinstance(value, dict))):
+            # A data set's path may be a name on the hub: it is a path here where there is such a directory.
+            if "path" in rows and (rows["kind"] == "file" or Path(_absolute(rows["path"], base)).is_dir()):
+                rows["path"] = _absolute(rows["path"], base)
     teachers = data["teacher"] if isinstance(data["teacher"], tuple) else (data["teacher"],)
     if data["collect"]["journal"] is not None:
         data["collect"]["journal"] = _absolute(data["collect"]["journal"], base)
@@ -242,7 +244,10 @@ def _absolute_paths(recipe: Recipe, base: Path) -> dict[str, Any]:
     data["waivers"] = tuple(_absolute(path, base) for path in data["waivers"])
     for part in (*(teacher for teacher in teachers if teacher["kind"] == "local"), data["student"]):
         if "model" in part and _is_path(part["model"], base):
-            part["model"] = _absolute(part["model"], base)
+            was, part["model"] = part["model"], _absolute(part["model"], base)
+            for source in data["prompts"]:
+                if source.get("by") == was and part is not data["student"]:
+                    source["by"] = part["model"]
     return data
 
 

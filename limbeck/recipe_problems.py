@@ -153,9 +153,12 @@ def _keys(error: ErrorDetails, data: Mapping[Any, Any]) -> Keys:
     value: Any = data
     keys: Keys = ()
     last = len(error["loc"]) - 1
+    named = None
     for n, step in enumerate(error["loc"]):
         if isinstance(value, Mapping):
-            if n < last and step == value.get("kind"):
+            # Once a mapping: a key of it may be called as its kind is.
+            if n < last and step == value.get("kind") and named is not value:
+                named = value
                 continue
             if step in value or (n == last and error["type"] == "missing"):
                 keys, value = (*keys, step), value.get(step)

@@ -105,6 +105,17 @@ class Message(_Record):
         return sum(part.image is not None for part in self.parts or ())
 
 
+class Parent(_Record):
+    """What a prompt was made from."""
+
+    id: Digest
+    """`Prompt.id_of` its messages."""
+    source: str
+    """The file or data set."""
+    licence: str
+    """SPDX id of the source's licence, or `unknown`."""
+
+
 class Prompt(_Record):
     """What a teacher is asked: chat messages, where they came from, and which split they belong to."""
 
@@ -121,6 +132,8 @@ class Prompt(_Record):
     """Functions that may be called; None leaves it to the recipe."""
     json_schema: dict[str, JsonValue] | None = None
     """What the answer has to be; None leaves it to the recipe."""
+    parents: tuple[Parent, ...] | None = None
+    """What its writer made it from; for an evolved prompt, the seed it began as."""
 
     @staticmethod
     def id_of(

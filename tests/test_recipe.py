@@ -176,14 +176,17 @@ epochs: 3
     assert told["1: name"] == ("2024 (a whole number)", "text")
     assert told["2: teacher.model"][0] == "the key is missing"
     assert told["4: prompts.0.path"][0] == "the key is missing"
-    assert told["6: prompts.1.kind"] == ("'filee'", "one of file, self-prompt")
-    assert told["7: prompts.2.kind"] == ("the key is missing", "one of file, self-prompt")
+    assert told["6: prompts.1.kind"] == ("'filee'", "one of file, dataset, self-prompt, evolve, personas, documents")
+    assert told["7: prompts.2.kind"] == (
+        "the key is missing",
+        "one of file, dataset, self-prompt, evolve, personas, documents",
+    )
     assert told["11: student.layers"] == ("'two' (text)", "a whole number")
     assert told["12: collect"] == ("3 (a whole number)", "a mapping of keys to values")
     assert told["15: train.epochs"] == ("inf (a number)", "a finite number")
     assert told["17: train.batch_size"] == ("2.5 (a number)", "a whole number")
     assert told["18: evaluate.held_out"] == ("0 (a whole number)", "more than 0")
-    assert problems["8: prompts.3.path"][2] == "remove it, or take kind: file, which has it"
+    assert problems["8: prompts.3.path"][2] == "remove it, or take kind: file or dataset, which has it"
     assert len(problems) == 16
 
 
@@ -225,11 +228,13 @@ def test_one_teacher_in_two_spellings_of_its_path_is_one_teacher(tmp_path):
 
 
 def keys_of(schema: dict, name: str = "Recipe", above: str = "") -> dict[str, str]:
-    """Every dotted key of the schema (but of prices, which not every teacher has), and the part it belongs to."""
+    """Every dotted key of the schema and the part it belongs to; but those of prices, which not every teacher has, and
+    of a template's messages, which are a list.
+    """
     found, part = {}, schema if name == "Recipe" else schema["$defs"][name]
     for key, value in part["properties"].items():
         found[above + key] = name
-        for inner in dict.fromkeys(re.findall(r"#/\$defs/((?!Price)\w+)", json.dumps(value))):
+        for inner in dict.fromkeys(re.findall(r"#/\$defs/((?!Price|TemplateMessage)\w+)", json.dumps(value))):
             found |= keys_of(schema, inner, f"{above}{key}.{'0.' if key == 'prompts' else ''}")
     return found
 

@@ -1,9 +1,13 @@
 """Prompts and the teacher's answers, journaled before anyone parses them.
 
-files        JSONL, Parquet and CSV files to chat messages, every wrong row named
+readers      rows of JSONL, Parquet, CSV and TSV files and of data sets, a piece at a time
+files        rows to chat messages, every wrong row named
+templates    chat messages of several columns
+digests      a set of digests in 32 bytes an entry
 rows         one row of them: its messages, or what is wrong with it
 contents     what a row says beyond text: tools, calls, images, a schema
 self_prompt  prompts the teacher writes itself
+written      prompts a teacher writes when it is told to
 split        which prompts are held out
 prompts      the stage `prompts`: all sources to prompts.parquet
 teachers     the one seam: what a teacher is, whoever runs it

@@ -16,7 +16,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from limbeck import recipe
-from limbeck.collect.files import read_jsonl
+from limbeck.collect.readers.jsonl import read_jsonl
+from limbeck.collect.readers.row import Columns
 from limbeck.collect.rows import Wrong, messages_of, not_utf8, shown
 from limbeck.collect.teachers import Answer, Parsed, Request
 from limbeck.errors import InputError, Problem, PromptError
@@ -113,7 +114,7 @@ def read_answers(settings: recipe.FileTeacher) -> dict[Digest, list[FileAnswer]]
         raise PromptError("the answers cannot be read", [problem])
     found: dict[Digest, list[FileAnswer]] = {}
     wrong: list[Problem] = []
-    for where, row in read_jsonl(FilePrompts(path=settings.path)):
+    for where, row in read_jsonl(FilePrompts(path=settings.path), Columns((), every=False)):
         messages = row if isinstance(row, Wrong) else messages_of(row, None)
         answer = row if isinstance(row, Wrong) else _answer(row, settings)
         if isinstance(messages, Wrong):

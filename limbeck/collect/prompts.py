@@ -1,23 +1,25 @@
 """The stage `prompts`: all sources of a recipe to prompts.parquet.
 
 Equal prompts are kept once, from the first source that has them. Files are read twice, once for what is in
-them and once for what is written, so that memory holds an id a prompt and not the prompts.
+them and once for what is written, so that memory holds 32 bytes a prompt and not the prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, MutableSet, Sequence
 from dataclasses import dataclass, field
 
 from pydantic import JsonValue
 
 from limbeck.collect.contents import Wanted
+from limbeck.collect.digests import DigestSet
 from limbeck.collect.files import FileRow, iter_file_prompts
 from limbeck.collect.journal import Journal, held, journal_path
 from limbeck.collect.split import hold_out
 from limbeck.errors import Problem, PromptError
-from limbeck.recipe import FilePrompts, Recipe, SelfPrompt
-from limbeck.records import Digest, Message, Prompt, Split
+from limbeck.recipe import DatasetPrompts, FilePrompts, Recipe, SelfPrompt
+from limbeck.recipe.prompts import PromptSource, WrittenPrompts, rows_of
+from limbeck.records import Digest, Message, Parent, Prompt, Split
 from limbeck.rundir import RunDir
 from limbeck.tables import write_records
 
@@ -28,23 +30,25 @@ __all__ = ["FileRow", "gather", "iter_file_prompts"]
 class _Gathered:
     """One source and what was taken from it."""
 
-    source: FilePrompts | SelfPrompt
+    source: PromptSource
     name: str
     licence: str
     writer: str | None = None
-    written: Sequence[tuple[Message, ...]] = ()
+    written: Sequence[tuple[tuple[Message, ...], tuple[Parent, ...]]] = ()
     """The prompts of a source that is no file."""
     rows: int = 0
     kept: int = 0
     facts: dict[str, JsonValue] = field(default_factory=dict)
 
-    def read(self) -> Iterator[tuple[Digest, tuple[Message, ...], Wanted]]:
-        if isinstance(self.source, FilePrompts):
-            yield from ((row.id, row.messages, row.wanted) for row in iter_file_prompts(self.source))
+    def read(self) -> Iterator[tuple[Digest, tuple[Message, ...], Wanted, tuple[Parent, ...] | None]]:
+        """The prompts in their order: id, messages, what they ask for beside words, and what they were made from."""
+        if isinstance(self.source, FilePrompts | DatasetPrompts):
+            yield from ((row.id, row.messages, row.wanted, None) for row in iter_file_prompts(self.source))
         else:
-            yield from ((Prompt.id_of(messages), messages, Wanted()) for messages in self.written)
+            for messages, parents in self.written:
+                yield Prompt.id_of(messages), messages, Wanted(), parents or None
 
-    def take(self, known: set[Digest]) -> None:
+    def take(self, known: MutableSet[Digest]) -> None:
         """Add the ids that are not known yet."""
         for prompt_id, *_ in self.read():
             self.rows += 1
@@ -71,11 +75,13 @@ def gather(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
     write, `InputError` where too few prompts come together to train and to evaluate, or where too few of
     those that the teacher writes are of use.
     """
-    known: set[Digest] = set()
+    known = DigestSet()
     gathered = []
     for source in recipe.prompts:
-        if isinstance(source, FilePrompts):
-            part = _Gathered(source, source.path, source.licence)
+        if isinstance(source, FilePrompts | DatasetPrompts):
+            part = _Gathered(source, source.name, source.licence)
+        elif isinstance(source, WrittenPrompts):
+            part = _written(recipe, source, known, run)
         else:
             number = sum(isinstance(before.source, SelfPrompt) for before in gathered)
             part = _self_prompted(recipe, source, number, known, run)
@@ -92,13 +98,15 @@ def gather(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
     }
 
 
-def _prompts(gathered: Sequence[_Gathered], open_ids: set[Digest], held_out: frozenset[Digest]) -> Iterator[Prompt]:
+def _prompts(
+    gathered: Sequence[_Gathered], open_ids: MutableSet[Digest], held_out: frozenset[Digest]
+) -> Iterator[Prompt]:
     """Each prompt at its first place; empties `open_ids`. Raises `PromptError` where a file is no longer
     what it was.
     """
     for part in gathered:
         rows = 0
-        for prompt_id, messages, wanted in part.read():
+        for prompt_id, messages, wanted, parents in part.read():
             rows += 1
             if prompt_id not in open_ids:
                 continue
@@ -112,6 +120,7 @@ def _prompts(gathered: Sequence[_Gathered], open_ids: set[Digest], held_out: fro
                 writer=part.writer,
                 tools=wanted.tools,
                 json_schema=wanted.json_schema,
+                parents=parents,
             )
         if rows != part.rows:
             raise _changed(part.name, f"{rows} rows", f"{part.rows} rows, as a moment before")
@@ -150,4 +159,26 @@ def _self_prompted(
         "candidate_tokens": written.tokens,
         "dropped": dict(sorted(written.dropped.items())),
     }
-    return _Gathered(source, f"self-prompt:{name}", teacher.licence, name, written.prompts, facts=facts)
+    own = [(messages, ()) for messages in written.prompts]
+    return _Gathered(source, f"self-prompt:{name}", teacher.licence, name, own, facts=facts)
+
+
+def _written(recipe: Recipe, source: WrittenPrompts, known: Collection[Digest], run: RunDir) -> _Gathered:
+    """The prompts that a teacher writes when it is told to."""
+    from limbeck.collect.written.kinds import make_kind
+    from limbeck.collect.written.source import write_source
+    from limbeck.collect.written.wording import wording_digest
+
+    written = write_source(recipe, source, known, run)
+    facts: dict[str, JsonValue] = {
+        "writer": written.writer.name,
+        "weights": written.writer.weights,
+        "terms": written.writer.terms,
+        "made_from": [{"source": rows.name, "licence": rows.licence} for _, rows in rows_of(source)],
+        "wording": {name: wording_digest(name) for name in make_kind(source, recipe.seed).wordings},
+        "candidates": written.candidates,
+        "candidate_tokens": written.tokens,
+        "dropped": dict(sorted(written.dropped.items())),
+    }
+    name = f"{source.kind}:{written.writer.name}"
+    return _Gathered(source, name, written.licence, written.writer.name, written.prompts, facts=facts)

@@ -60,7 +60,7 @@ def messages_of(row: dict[str, JsonValue], column: str | None, base: Path = Path
         value = [asked]
     if not isinstance(value, list):
         return Wrong(f"{name}: {shown(value)}", "text, or a list of messages", "write the prompt as text in quotes")
-    return _chat(name, value, base)
+    return chat_of(name, value, base)
 
 
 def _from_json(text: str) -> list[JsonValue] | Wrong:
@@ -78,7 +78,10 @@ def _from_json(text: str) -> list[JsonValue] | Wrong:
     )
 
 
-def _chat(name: str, value: Sequence[JsonValue], base: Path) -> tuple[Message, ...] | Wrong:
+def chat_of(name: str, value: Sequence[JsonValue], base: Path = Path()) -> tuple[Message, ...] | Wrong:
+    """Messages that a teacher can be asked, or what is wrong with them; `name` is the key they stood under. Paths of
+    images start at `base`.
+    """
     messages, open_calls = [], set[str | None]()
     for index, item in enumerate(value):
         message = _message(f"{name}[{index}]", item, base)

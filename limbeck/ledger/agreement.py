@@ -127,7 +127,7 @@ def prompts_agree(path: Path) -> Prompts | None:
     """
     found = Prompts()
     for columns in _rows(path, Prompt):
-        ids, messages, _, _, splits, _, tools, schemas = columns
+        ids, messages, _, _, splits, _, tools, schemas, _ = columns
         for name, text, split, tool, form in zip(ids, messages, splits, tools, schemas, strict=True):
             told = read_messages(text)
             plain = tool is None and form is None

@@ -200,7 +200,7 @@ _TYPES = {
     "keep": pa.bool_(),
 }
 """Of columns that are no text; of lists, that of what is in them."""
-_LATER = frozenset({"batch", "tools", "tool_calls", "json_schema", "mismatch"})
+_LATER = frozenset({"batch", "tools", "tool_calls", "json_schema", "mismatch", "parents"})
 """Columns that tables of earlier versions lack: nothing is in them then."""
 _MAY_BE_MISSING = frozenset({"reasoning", "weights", "writer"}) | _LATER
 

@@ -8,7 +8,6 @@ out.
 
 from __future__ import annotations
 
-from datetime import date
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -34,6 +33,14 @@ from limbeck.recipe.parts import (
     Probability,
     Share,
 )
+from limbeck.recipe.prompts import DatasetPrompts as DatasetPrompts
+from limbeck.recipe.prompts import DocumentPrompts as DocumentPrompts
+from limbeck.recipe.prompts import EvolvePrompts as EvolvePrompts
+from limbeck.recipe.prompts import FilePrompts as FilePrompts
+from limbeck.recipe.prompts import PersonaPrompts as PersonaPrompts
+from limbeck.recipe.prompts import PromptSource, WrittenPrompts
+from limbeck.recipe.prompts import SelfPrompt as SelfPrompt
+from limbeck.recipe.prompts import Template as Template
 from limbeck.recipe.teachers import NO_ENDPOINT as NO_ENDPOINT
 from limbeck.recipe.teachers import AnthropicTeacher as AnthropicTeacher
 from limbeck.recipe.teachers import EndpointTeacher, FileTeacher, LocalTeacher, Teacher, endpoint_problems
@@ -68,48 +75,6 @@ Teachers = Annotated[
     Discriminator(_one_or_many),
 ]
 """One teacher or a list. Told apart by shape, so that an error speaks of the form that was written only."""
-
-
-class FilePrompts(Part):
-    """Prompts from a JSONL, Parquet or CSV file, with rows of `messages` or of `prompt`."""
-
-    kind: Literal["file"] = "file"
-    """Rows of a file."""
-    path: str
-    """The file. A relative path starts at the recipe's directory, or else at the working directory."""
-    format: Literal["auto", "jsonl", "parquet", "csv"] = "auto"
-    """`auto` goes by the file's suffix."""
-    column: str | None = None
-    """The column with the prompt's text, where it is called neither `prompt` nor `messages`."""
-    licence: str = "unknown"
-    """SPDX id of the licence the prompts are under."""
-    terms: str | None = None
-    """Id of the terms the prompts are under, where a model wrote them or the terms of a data set hold; null says that
-    no model wrote them."""
-    generated: date | None = None
-    """Day on which a model wrote them, or the data set was had; needed with `terms`."""
-    limit: PositiveInt | None = None
-    """Use only the first so many different prompts."""
-
-
-class SelfPrompt(Part):
-    """Prompts the teacher writes itself: it is given its own chat template up to the user's turn."""
-
-    kind: Literal["self-prompt"] = "self-prompt"
-    """Written by the teacher."""
-    count: PositiveInt
-    """How many different prompts to gather."""
-    max_tokens: PositiveInt = 48
-    """Longest prompt kept, in tokens; what runs longer is dropped, not cut."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature of the prompts; higher is more varied."""
-    top_p: Probability = 0.95
-    """Each token is drawn from the likeliest ones that together have this probability."""
-    system: str | None = None
-    """A system message to start from; None leaves what the chat template puts there itself."""
-
-
-PromptSource = Annotated[FilePrompts | SelfPrompt, Field(discriminator="kind")]
 
 
 class Budget(Part):
@@ -332,6 +297,11 @@ class Recipe(Part):
                     "remove it, or use collect.samples for more answers",
                 )
             )
+        for index, source in enumerate(self.prompts):
+            if isinstance(source, WrittenPrompts) and source.by not in (None, *names):
+                remedy = "name it as the teacher's `model` does"
+                expected = f"a teacher of the recipe: {', '.join(names)}"
+                problems.append(Problem(f"prompts.{index}.by", str(source.by), expected, remedy))
         served = self.signal.kind == "top_k" and (self.signal.server is not None or self.signal.source == "answers")
         kinds = (
             self.student.kind,

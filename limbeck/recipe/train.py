@@ -27,8 +27,9 @@ class SignalServer(Part):
     """Its address with `/v1`. A key is no part of it."""
     model: str
     """The model's name there. Its tokenizer has to be the one that the examples are made of."""
-    terms: str = "unknown"
-    """Id of the terms that what it says is used under, or `own-model` for a model of one's own."""
+    terms: str | None = None
+    """Id of the terms that what it says is used under, or `own-model` for a model of one's own; null is the teacher's,
+    whose model it serves."""
     api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
     """Name of the environment variable that holds the key; null sends none."""
     concurrency: PositiveInt = 16

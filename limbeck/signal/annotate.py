@@ -68,7 +68,7 @@ def annotate(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
     server = recipe.signal.server if recipe.signal.kind == "top_k" else None
     return (
         _facts(store)
-        | ({"server_terms": server.terms} if server else {})
+        | ({"server_terms": server.terms} if server and server.terms else {})
         | {
             "shards": len(store.manifest.shards),
             "shards_from_an_earlier_attempt": len(store.manifest.shards) - written,

@@ -11,13 +11,15 @@ the answer's day counts. A signal is said while the run goes on: the day of the 
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import pyarrow.parquet as pq
 
-from limbeck.recipe import EndpointTeacher, FilePrompts, FileTeacher, LocalTeacher, Recipe, SelfPrompt
+from limbeck.recipe import EndpointTeacher, FileTeacher, LocalTeacher, Recipe, SelfPrompt
+from limbeck.recipe.prompts import WrittenPrompts, rows_of
 from limbeck.recipe.teachers import route_of
 from limbeck.terms.terms import OWN_MODEL, UNKNOWN, find
 
@@ -44,8 +46,10 @@ def today() -> dt.date:
 def declared(recipe: Recipe, day: dt.date) -> tuple[Source, ...]:
     """Everybody whose terms count for a recipe, were all of it generated on `day`; without doubles."""
     found = [Source("answer", t.name, t.terms, route_of_teacher(t), day_of(t, day)) for t in recipe.teachers]
-    if any(isinstance(source, SelfPrompt) for source in recipe.prompts):
-        found.append(writer(recipe, recipe.teachers[0].name, day))
+    for source in recipe.prompts:
+        if isinstance(source, SelfPrompt | WrittenPrompts):
+            by = source.by if isinstance(source, WrittenPrompts) else None
+            found.append(writer(recipe, by or recipe.teachers[0].name, day))
     found += prompt_files(recipe).values()
     return tuple(dict.fromkeys([*found, *signals(recipe, day)]))
 
@@ -54,7 +58,8 @@ def answered(recipe: Recipe, root: Path, day: dt.date) -> tuple[Source, ...]:
     """Everybody whose terms count for the answers that a run has, by what its records say; signals on `day`."""
     teachers = {teacher.name: teacher for teacher in recipe.teachers}
     writers = dict(_columns(root / "prompts.parquet", ("id", "writer")))
-    files, sources = prompt_files(recipe), dict(_columns(root / "prompts.parquet", ("id", "source")))
+    files = prompt_files(recipe)
+    behind = rows_behind(root) if files else {}
     found: dict[Source, None] = {}
     columns = ("prompt_id", "teacher", "terms", "route", "created")
     for prompt, name, terms, route, created in _columns(root / "completions.parquet", columns):
@@ -62,8 +67,7 @@ def answered(recipe: Recipe, root: Path, day: dt.date) -> tuple[Source, ...]:
         found[Source("answer", name, terms, route, day_of(teachers.get(name), when))] = None
         if writers.get(prompt):
             found[writer(recipe, writers[prompt], when)] = None
-        if (file := files.get(sources.get(prompt))) is not None:
-            found[file] = None
+        found |= dict.fromkeys(files[name] for name in behind.get(prompt, ()) if name in files)
     return tuple(dict.fromkeys([*found, *signals(recipe, day)]))
 
 
@@ -78,7 +82,8 @@ def signals(recipe: Recipe, day: dt.date) -> Iterator[Source]:
         route = route_of_teacher(teacher)
         if server is not None and (told := route_of(server.base_url)) != "unknown":
             route = told
-        yield Source("signal", teacher.name, teacher.terms, route, day)
+        terms = teacher.terms if server is None or server.terms is None else server.terms
+        yield Source("signal", teacher.name, terms, route, day)
 
 
 def writer(recipe: Recipe, name: str, day: dt.date) -> Source:
@@ -89,13 +94,28 @@ def writer(recipe: Recipe, name: str, day: dt.date) -> Source:
     return Source("prompt", name, UNKNOWN, "unknown", day)
 
 
-def prompt_files(recipe: Recipe) -> dict[str | None, Source]:
-    """Files of prompts that are under terms, by their path. Their route is the one the terms are about."""
+def prompt_files(recipe: Recipe) -> dict[str, Source]:
+    """Files and data sets of prompts, or of what prompts are made from, that are under terms, by their name. Their
+    route is the one the terms are about.
+    """
     return {
-        source.path: Source("prompt", source.path, source.terms, _own_route(source.terms), source.generated)
+        rows.name: Source("prompt", rows.name, rows.terms, _own_route(rows.terms), rows.generated)
         for source in recipe.prompts
-        if isinstance(source, FilePrompts) and source.terms is not None
+        for _, rows in rows_of(source)
+        if rows.terms is not None
     }
+
+
+def rows_behind(root: Path) -> dict[str, tuple[str, ...]]:
+    """By the id of each prompt of a run: the files and data sets that it is from, or was made from."""
+    table = pq.read_table(root / "prompts.parquet")
+    parents = table.column("parents").to_pylist() if "parents" in table.column_names else [None] * table.num_rows
+    found = {}
+    for name, source, made_from in zip(
+        table.column("id").to_pylist(), table.column("source").to_pylist(), parents, strict=True
+    ):
+        found[name] = (source, *(parent["source"] for parent in json.loads(made_from or "[]")))
+    return found
 
 
 def day_of(teacher: LocalTeacher | FileTeacher | EndpointTeacher | None, day: dt.date) -> dt.date | None:

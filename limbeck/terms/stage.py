@@ -6,7 +6,6 @@ import datetime as dt
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +19,7 @@ from limbeck.rundir import RunDir, atomic
 from limbeck.terms.gate import STRICTNESS, Outcome, strictest
 from limbeck.terms.obligations import name_problems
 from limbeck.terms.rulings import GATE, ROWS, RULINGS, TOKEN, Judged, Ruled, Rulings, WaiverSeen, judge
-from limbeck.terms.sources import Source, day_of, declared, prompt_files, signals, today, writer
+from limbeck.terms.sources import Source, day_of, declared, prompt_files, rows_behind, signals, today, writer
 from limbeck.terms.terms import UNKNOWN
 from limbeck.terms.token import issue
 
@@ -38,13 +37,13 @@ def gate(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
         InputError: terms or waivers that are not there.
     """
     day, files = today(), prompt_files(recipe)
-    prompts = _prompt_sources(run.root) if files else {}
+    behind = rows_behind(run.root) if files else {}
     with run.progress.line("gate", None, "examples") as line:
         rows = _Rows(recipe, day)
         for row in read_rows(run.root):
             leaf = parse_row(row)
-            rows.add(row.leaf, leaf.values, leaf.share.tokens * (leaf.share.split == "train"),
-                     files.get(prompts.get(str(leaf.values["prompt"]))))  # fmt: skip
+            own = tuple(files[name] for name in behind.get(str(leaf.values["prompt"]), ()) if name in files)
+            rows.add(row.leaf, leaf.values, leaf.share.tokens * (leaf.share.split == "train"), own)
             line.advance()
         judged = judge(recipe, list(rows.places), day, counts=rows.counts, tokens=rows.tokens)
         refuse(recipe, judged)
@@ -68,12 +67,12 @@ class _Rows:
         self.examples: list[str] = []
         self.rulings: list[tuple[int, ...]] = []
 
-    def add(self, leaf: bytes, values: dict[str, JsonValue], tokens: int, file: Source | None) -> None:
-        """Take in a row: its leaf, what it says, the tokens that are learnt from, the file its prompt is from."""
+    def add(self, leaf: bytes, values: dict[str, JsonValue], tokens: int, files: tuple[Source, ...]) -> None:
+        """Take in a row: its leaf, what it says, the tokens that are learnt from, the files its prompt is from."""
         key = (values["teacher"], values["terms"], values["route"], str(values["created"])[:10],
-               json.dumps(values["writers"]), file)  # fmt: skip
+               json.dumps(values["writers"]), files)  # fmt: skip
         if key not in self._known:
-            found = dict.fromkeys(self._sources(values, file))
+            found = dict.fromkeys(self._sources(values, files))
             self._known[key] = tuple(self.places.setdefault(source, len(self.places)) for source in found)
         self._rows[self._known[key]] += 1
         self._tokens[self._known[key]] += tokens
@@ -98,7 +97,7 @@ class _Rows:
                 found[sources[place]] += n
         return found
 
-    def _sources(self, values: dict[str, JsonValue], file: Source | None) -> Iterator[Source]:
+    def _sources(self, values: dict[str, JsonValue], files: tuple[Source, ...]) -> Iterator[Source]:
         name, created = str(values["teacher"]), dt.date.fromisoformat(str(values["created"])[:10])
         teacher = self._teachers.get(name)
         terms = str(values["terms"])
@@ -109,14 +108,8 @@ class _Rows:
         for pair in writers if isinstance(writers, list) else ():
             if isinstance(pair, list) and pair[0] == "prompt":
                 yield writer(self._recipe, str(pair[1]), created)
-        if file is not None:
-            yield file
+        yield from files
         yield from self._signals.get(name, ())
-
-
-def _prompt_sources(root: Path) -> dict[str, str | None]:
-    table = pq.read_table(root / "prompts.parquet", columns=["id", "source"])
-    return dict(zip(table.column("id").to_pylist(), table.column("source").to_pylist(), strict=True))
 
 
 def _write(recipe: Recipe, run: RunDir, rows: _Rows, judged: Judged, day: dt.date) -> dict[str, JsonValue]:

@@ -1,0 +1,78 @@
+"""Asks a teacher to write: every request journaled, paced and capped as the requests for answers are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from limbeck.collect.journal import Journal
+from limbeck.collect.teachers import Parsed, Request, Writing, make_teacher
+from limbeck.collect.written.kinds import Task
+from limbeck.progress import Line
+from limbeck.recipe import Recipe
+from limbeck.recipe.prompts import WrittenPrompts
+from limbeck.records import Prompt, Split
+from limbeck.rundir import RunDir
+
+if TYPE_CHECKING:
+    from limbeck.collect.endpoints.teacher import Endpoint
+
+
+class Author:
+    """A teacher that writes prompts. What it costs counts under the recipe's cap, as its answers do."""
+
+    def __init__(self, source: WrittenPrompts, recipe: Recipe, run: RunDir, journal: Journal, line: Line):
+        (settings,) = [t for t in recipe.teachers if t.name == (source.by or recipe.teachers[0].name)]
+        told = {"max_tokens": source.max_tokens, "temperature": source.temperature, "top_p": source.top_p}
+        collect = recipe.collect.model_copy(update=told)
+        self._teacher: Writing | Endpoint = make_teacher(settings, collect, recipe.seed)
+        self._recipe, self._run, self._journal, self._line = recipe, run, journal, line
+        self.identity = self._teacher.identity
+        self.asked: list[str] = []
+        """Keys of its requests in the journal."""
+
+    @property
+    def licence(self) -> str | None:
+        """The licence of its weights where they are here; terms stand for it where they are not."""
+        from limbeck.recipe import LocalTeacher
+
+        if not any(isinstance(t, LocalTeacher) and t.name == self.identity.name for t in self._recipe.teachers):
+            return None
+        from limbeck.collect.local import LocalTeacher as Local
+
+        return self._teacher.licence if isinstance(self._teacher, Local) else None
+
+    def write(self, tasks: Sequence[Task]) -> list[Parsed]:
+        """What it wrote for each. Raises `RefusedError` at the cap, and what the endpoint or the journal raises; what
+        was written by then is journaled.
+        """
+        requests = [self._request(task) for task in tasks]
+        lacking = set(self._journal.missing(request.key for request in requests))
+        if lacking:
+            self._ask([request for request in requests if request.key in lacking])
+        self.asked += [request.key for request in requests]
+        return [self._teacher.parse(request, self._journal.get(request.key).raw) for request in requests]
+
+    def _request(self, task: Task) -> Request:
+        name = Prompt.id_of(task.instruction)
+        prompt = Prompt(id=name, messages=task.instruction, source="instruction", licence="unknown", split=Split.TRAIN)
+        return self._teacher.request(prompt, task.number)
+
+    def _ask(self, requests: Sequence[Request]) -> None:
+        if self._teacher.identity.kind == "local":
+            for group in self._teacher.answer([requests]):  # pyright: ignore[reportAttributeAccessIssue]
+                self._journal.put_group(group)
+            return
+        from limbeck.collect.endpoints.stage import ask_endpoint
+
+        found = ask_endpoint(
+            self._teacher,  # pyright: ignore[reportArgumentType]
+            iter([requests]),
+            self._recipe,
+            self._journal,
+            self._line,
+            account=self._recipe.account,
+            offline=self._run.offline,
+        )
+        if found.stopped is not None:
+            raise found.stopped

@@ -1,0 +1,183 @@
+"""The kinds of sources that a teacher writes: what it is told for each candidate, and what becomes of its words.
+
+Which rows are used is decided by a digest of what they say, never by their order, and no more are held than prompts are
+wanted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from limbeck.collect.digests import DigestSet
+from limbeck.collect.files import iter_file_prompts
+from limbeck.collect.written.wording import told
+from limbeck.recipe import DatasetPrompts, DocumentPrompts, EvolvePrompts, FilePrompts, PersonaPrompts
+from limbeck.recipe.prompts import WrittenPrompts
+from limbeck.records import Message, Parent, Prompt
+from limbeck.seeds import derive_seed
+
+_DEEPER = (
+    "add one more condition or requirement",
+    "ask for the reasons, not only for the result",
+    "replace what is general by something particular",
+    "make it take several steps of thought where it now takes one",
+    "add a short piece of data, a table or some code that has to be worked with",
+)
+_BESIDE = 0.25
+"""Share of candidates that are evolved in breadth."""
+
+
+class Piece(NamedTuple):
+    """Something to start from: a seed, a persona, a piece of a document, a prompt of the round before."""
+
+    messages: tuple[Message, ...]
+    parents: tuple[Parent, ...]
+
+    @property
+    def text(self) -> str:
+        """What its user says."""
+        return self.messages[-1].content
+
+
+class Task(NamedTuple):
+    """One candidate: what the teacher is told, and how its words become a prompt."""
+
+    instruction: tuple[Message, ...]
+    number: int
+    """Tells candidates with the same instruction apart."""
+    parents: tuple[Parent, ...]
+    likened: tuple[str, ...]
+    """Texts that it must not be too similar to."""
+    make: Callable[[str], tuple[Message, ...]]
+
+
+class Kind(Protocol):
+    """One kind of source. Law: a task is a function of the recipe, the rows, and what was kept in earlier rounds."""
+
+    rounds: int
+    wordings: tuple[str, ...]
+
+    def task(self, before: Sequence[Piece], number: int) -> Task | None:
+        """Candidate `number`; `before` is what the round before kept, empty in the first. None where there is no more
+        to ask.
+        """
+        ...
+
+
+def make_kind(source: WrittenPrompts, seed: int) -> Kind:
+    """The kind that a source of the recipe names, with its rows read."""
+    match source.kind:
+        case "evolve":
+            return Evolve(source, seed)
+        case "personas":
+            return Personas(source, seed)
+        case "documents":
+            return Documents(source)
+
+
+class Evolve:
+    """A `Kind`: seeds made harder, or something beside them."""
+
+    wordings: tuple[str, ...] = ("deepen", "widen")
+
+    def __init__(self, source: EvolvePrompts, seed: int):
+        self.rounds, self._seed = source.rounds, seed
+        self._seeds = chosen(source.seeds, source.count)
+
+    def task(self, before: Sequence[Piece], number: int) -> Task:
+        """See `Kind.task`. What stood before the user's last words stays."""
+        pool = before or self._seeds
+        piece = pool[number % len(pool)]
+        draw = random.Random(derive_seed(self._seed, "evolve", Prompt.id_of(piece.messages), number))
+        if draw.random() < _BESIDE:
+            instruction = told("widen", prompt=piece.text)
+        else:
+            instruction = told("deepen", prompt=piece.text, how=draw.choice(_DEEPER))
+        system = tuple(message for message in piece.messages[:-1] if message.role == "system")
+        return Task(instruction, number, piece.parents, (piece.text,), lambda text: (*system, _user(text)))
+
+
+class Personas:
+    """A `Kind`: each persona with each task, in an order drawn by the recipe's seed."""
+
+    rounds = 1
+    wordings: tuple[str, ...] = ("persona",)
+
+    def __init__(self, source: PersonaPrompts, seed: int):
+        self._personas, self._tasks = chosen(source.personas, source.count), chosen(source.tasks, source.count)
+        self._pairs = len(self._personas) * len(self._tasks)
+        # Steps of a number without a common divisor come by every pair once.
+        draw = random.Random(derive_seed(seed, "personas"))
+        self._first = draw.randrange(self._pairs)
+        self._step = draw.randrange(1, self._pairs + 1)
+        while math.gcd(self._step, self._pairs) != 1:
+            self._step = draw.randrange(1, self._pairs + 1)
+
+    def task(self, before: Sequence[Piece], number: int) -> Task:
+        """See `Kind.task`."""
+        pair = (self._first + number * self._step) % self._pairs
+        who, what = self._personas[pair // len(self._tasks)], self._tasks[pair % len(self._tasks)]
+        instruction = told("persona", persona=who.text, task=what.text)
+        return Task(instruction, number, (*who.parents, *what.parents), (what.text,), lambda text: (_user(text),))
+
+
+class Documents:
+    """A `Kind`: questions about pieces of documents."""
+
+    rounds = 1
+    wordings: tuple[str, ...] = ("question",)
+
+    def __init__(self, source: DocumentPrompts):
+        self._show = source.show
+        self._pieces = _pieces(source)
+
+    def task(self, before: Sequence[Piece], number: int) -> Task:
+        """See `Kind.task`."""
+        piece = self._pieces[number % len(self._pieces)]
+        instruction = told("question", piece=piece.text, shown=self._show)
+        show = f"{piece.text}\n\n" if self._show else ""
+        return Task(instruction, number, piece.parents, (), lambda text: (_user(f"{show}{text}"),))
+
+
+def chosen(source: FilePrompts | DatasetPrompts, count: int) -> list[Piece]:
+    """So many different rows, or all where there are fewer, in the order of a digest of what they say."""
+    seen = DigestSet()
+
+    def rows():
+        for row in iter_file_prompts(source):
+            if row.id not in seen:
+                seen.add(row.id)
+                yield row
+
+    picked = heapq.nsmallest(count, rows(), key=lambda row: _rank(row.id))
+    return [Piece(row.messages, (_parent(row.id, source),)) for row in picked]
+
+
+def _pieces(source: DocumentPrompts) -> list[Piece]:
+    def cut():
+        for row in iter_file_prompts(source.documents):
+            words = row.messages[-1].content.split(" ")
+            for start in range(0, len(words), source.words):
+                text = " ".join(words[start : start + source.words]).strip()
+                if text:
+                    yield _rank(f"{row.id} {start}"), text, row.id
+
+    picked = heapq.nsmallest(source.count, cut())
+    return [Piece((_user(text),), (_parent(name, source.documents),)) for _, text, name in picked]
+
+
+def _parent(name: str, source: FilePrompts | DatasetPrompts) -> Parent:
+    return Parent(id=name, source=source.name, licence=source.licence)
+
+
+def _rank(text: str) -> bytes:
+    return hashlib.sha256(f"limbeck-written-1 {text}".encode()).digest()
+
+
+def _user(text: str) -> Message:
+    return Message(role="user", content=text)

@@ -1,0 +1,164 @@
+"""Prompts that a teacher writes when it is told to, asked of the test server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from asking import ask, made
+from hypothesis import given
+from hypothesis import strategies as st
+
+from limbeck.collect.journal import Journal
+from limbeck.collect.prompts import gather
+from limbeck.collect.written.source import alike
+from limbeck.errors import EndpointError, InputError, RefusedError
+from limbeck.ledger.canonical import digest_file
+from limbeck.records import Message, Prompt
+from limbeck.rundir import RunDir
+from limbeck.tables import read_records
+from limbeck.testing import Server, Settings
+
+SETTINGS = Settings(words=12, spread=0.5)
+
+
+def rows(path: Path, texts: list[str], licence: str = "MIT") -> dict[str, Any]:
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return {"kind": "file", "path": str(path), "licence": licence}
+
+
+def sources(tmp_path: Path, count: int = 12) -> dict[str, dict[str, Any]]:
+    seeds = rows(tmp_path / "seeds.jsonl", [f"Seed number {n} asks for copper." for n in range(5)])
+    who = rows(tmp_path / "who.jsonl", [f"A cooper of {n} years" for n in range(3)], "CC0-1.0")
+    texts = [" ".join(f"d{n}w{i}" for i in range(25)) for n in range(4)]
+    common = {"count": count, "max_tokens": 40}
+    return {
+        "evolve": {"kind": "evolve", "seeds": seeds, "rounds": 2, **common},
+        "personas": {"kind": "personas", "personas": who, "tasks": seeds, **common},
+        "documents": {"kind": "documents", "documents": rows(tmp_path / "docs.jsonl", texts), "words": 10, **common},
+    }
+
+
+def gathered(recipe, root: Path) -> tuple[list[Prompt], dict[str, Any]]:
+    root.mkdir(exist_ok=True)
+    facts: dict[str, Any] = gather(recipe, RunDir(root))
+    return list(read_records(root / "prompts.parquet", Prompt)), facts["sources"][0]
+
+
+@pytest.mark.parametrize("kind", ["evolve", "personas", "documents"])
+def test_a_teacher_writes_prompts_once_and_is_recorded_with_what_they_came_from(tmp_path: Path, kind: str):
+    with Server(SETTINGS) as server:
+        recipe = made(server.url, sources(tmp_path)[kind], concurrency=4)
+        prompts, facts = gathered(recipe, tmp_path / "a")
+        billed = server.bill.requests
+        assert billed == len(Journal(tmp_path / "a" / "journal.db"))
+        again, _ = gathered(recipe, tmp_path / "a")
+        assert again == prompts
+        assert server.bill.requests == billed
+        one = recipe.model_copy(update={"collect": recipe.collect.model_copy(update={"concurrency": 1})})
+        assert gathered(one, tmp_path / "b")[0] == prompts
+    assert len(prompts) == 12 == len({p.id for p in prompts})
+    files = {r["path"]: r["licence"] for r in sources(tmp_path)[kind].values() if isinstance(r, dict)}
+    known = {
+        Prompt.id_of((Message(role="user", content=json.loads(line)["prompt"]),))
+        for path in files
+        for line in Path(path).read_text().splitlines()
+    }
+    for prompt in prompts:
+        assert prompt.writer == "toy"
+        assert prompt.source == f"{kind}:toy"
+        assert {parent.source: parent.licence for parent in prompt.parents} == files
+        assert {parent.id for parent in prompt.parents} <= known
+        assert set(prompt.licence.split(" AND ")) == set(files.values())
+    assert facts["candidates"] == 12 + sum(facts["dropped"].values())
+    wording = Path(__file__).parents[1] / "limbeck" / "collect" / "written" / "wording"
+    assert facts["wording"] == {name: digest_file(wording / f"{name}.jinja") for name in facts["wording"]}
+    assert facts["wording"]
+
+
+def asked(root: Path) -> list[str]:
+    """What the teacher was told, out of the journal."""
+    import sqlite3
+
+    import zstandard
+
+    with sqlite3.connect(root / "journal.db") as db:
+        packed = [row for (row,) in db.execute("SELECT request FROM answers")]
+    bodies = [orjson.loads(zstandard.ZstdDecompressor().decompress(row))["body"] for row in packed]
+    return [body["messages"][-1]["content"] for body in bodies]
+
+
+def test_each_persona_meets_each_task_and_rounds_evolve_what_was_evolved(tmp_path: Path):
+    with Server(SETTINGS) as server:
+        gathered(made(server.url, sources(tmp_path)["personas"]), tmp_path / "p")
+        evolved, _ = gathered(made(server.url, sources(tmp_path)["evolve"]), tmp_path / "e")
+    told = asked(tmp_path / "p")
+    for n in range(3):
+        for m in range(5):
+            assert any(f"A cooper of {n} years" in t and f"Seed number {m} " in t for t in told)
+    told = asked(tmp_path / "e")
+    assert any("Seed number" in t for t in told)
+    assert any(p.messages[-1].content in t for p in evolved[:6] for t in told)
+    assert not any(p.messages[-1].content in t for p in evolved[6:] for t in told)
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_a_piece_is_shown_or_only_used_to_ask(tmp_path: Path, show: bool):
+    with Server(SETTINGS) as server:
+        made_ = made(server.url, sources(tmp_path)["documents"] | {"show": show})
+        prompts, _ = gathered(made_, tmp_path / "d")
+    pieces = [" ".join(f"d{n}w{i}" for i in range(s, min(s + 10, 25))) for n in range(4) for s in (0, 10, 20)]
+    told = asked(tmp_path / "d")
+    assert all(any(f"\n{piece}\n" in t for t in told) for piece in pieces)
+    starts = [any(p.messages[0].content.startswith(f"{piece}\n\n") for piece in pieces) for p in prompts]
+    assert all(starts) if show else not any("w1" in p.messages[0].content for p in prompts)
+
+
+def test_writing_counts_under_the_cap_and_offline_sends_nothing(tmp_path: Path):
+    price = {"price": {"input": 1.0, "output": 1.0}}
+    with Server(SETTINGS) as server:
+        source = sources(tmp_path)["evolve"]
+        run = RunDir(tmp_path / "off")
+        run.root.mkdir()
+        run.offline = True
+        with pytest.raises(EndpointError, match="does not hold every answer"):
+            gather(made(server.url, source), run)
+        assert server.bill.received == 0
+        capped = made(server.url, source, teacher=price, budget={"money": 0.004})
+        with pytest.raises(RefusedError):
+            gathered(capped, tmp_path / "cap")
+        assert 0 < server.bill.requests < 12
+        raised = made(server.url, source, teacher=price, budget={"money": 5.0})
+        _, answers = ask(raised, tmp_path / "cap")
+    assert len(answers) == 12
+
+
+def test_what_is_dropped_is_counted_and_too_few_is_an_error(tmp_path: Path):
+    source = sources(tmp_path)["evolve"]
+    with Server(SETTINGS) as server:
+        _, facts = gathered(made(server.url, source | {"max_tokens": 14, "min_words": 10}), tmp_path / "a")
+        assert set(facts["dropped"]) == {"ended by length", "short"}
+        with pytest.raises(InputError, match="too few prompts") as error:
+            gathered(made(server.url, source | {"max_tokens": 4}), tmp_path / "b")
+    assert "0 of 240 candidates kept (ended by length: 240)" in error.value.problems[0].found
+    assert not (tmp_path / "b" / "prompts.parquet").exists()
+
+
+def test_only_a_teacher_of_the_recipe_can_write(tmp_path: Path):
+    with pytest.raises(ValueError, match="a teacher of the recipe: toy"):
+        made("http://127.0.0.1:9", sources(tmp_path)["evolve"] | {"by": "other"})
+
+
+@given(*[st.lists(st.sampled_from("abcd"), min_size=1, max_size=9)] * 2, st.sampled_from([0.2, 0.5, 0.7, 1.0]))
+def test_likeness_is_that_of_rouge_l(one: list[str], other: list[str], limit: float):
+    table = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]
+    for i, a in enumerate(one):
+        for j, b in enumerate(other):
+            table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+    recall, precision = table[-1][-1] / len(other), table[-1][-1] / len(one)
+    score = 2 * recall * precision / (recall + precision) if table[-1][-1] else 0.0
+    if abs(score - limit) > 1e-9:
+        assert alike(one, other, limit) == (score > limit)
