@@ -8,6 +8,7 @@ import time
 import urllib.request
 from decimal import Decimal
 from pathlib import Path
+from typing import Literal
 
 import openai
 import pytest
@@ -80,7 +81,9 @@ def test_what_was_answered_in_one_way_is_not_asked_in_the_other(tmp_path: Path, 
 
 @pytest.mark.parametrize("kind", ["openai", "anthropic"])
 @pytest.mark.parametrize("when", ["before_billing", "after_billing", "mid_body"])
-def test_a_cut_creation_is_looked_for_and_not_repeated(tmp_path: Path, kind: str, when: str):
+def test_a_cut_creation_is_looked_for_and_not_repeated(
+    tmp_path: Path, kind: str, when: Literal["before_billing", "after_billing", "mid_body"]
+):
     cut = Cut(when=when, attempts=1, endpoints=(CREATES[kind],))
     with Server(TOLD, Faults(faults=(cut,))) as server:
         _, rows = ask(batched(server, tmp_path, kind=kind), tmp_path / "run")
