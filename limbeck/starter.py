@@ -19,10 +19,14 @@ from pydantic_core import PydanticUndefined
 
 from limbeck.errors import Problem, RunDirError
 from limbeck.recipe import (
+    DatasetPrompts,
+    DocumentPrompts,
+    EvolvePrompts,
     FilePrompts,
     FileTeacher,
     HiddenSignalSettings,
     OpenAITeacher,
+    PersonaPrompts,
     PretrainedStudent,
     Recipe,
     TextSignalSettings,
@@ -35,7 +39,7 @@ DEFAULT_TERMS = "huggingface/smollm2/2025-02-07"
 
 _OTHER_KINDS: dict[str, tuple[type[BaseModel], ...]] = {
     "teacher": (OpenAITeacher, FileTeacher),
-    "prompts": (FilePrompts,),
+    "prompts": (FilePrompts, DatasetPrompts, EvolvePrompts, PersonaPrompts, DocumentPrompts),
     "student": (PretrainedStudent,),
     "signal": (HiddenSignalSettings, TopKSignalSettings, TextSignalSettings),
 }
@@ -87,10 +91,14 @@ def starter(*, name: str = "my-student", teacher: str | None = None, terms: str 
         "# A limbeck recipe. Lines that are commented out show other choices and defaults.",
         "# Next: limbeck run THIS_FILE --out runs/NAME",
     ]
-    return "\n".join([*head, *_keys(Recipe, active, "")]) + "\n"
+    return "\n".join([*head, *_keys(Recipe, active, "", set())]) + "\n"
 
 
-def _keys(model: type[BaseModel], active: Mapping[str, object], indent: str) -> list[str]:
+_Shown = set[type[BaseModel]]
+"""Parts of the recipe that were shown in full, and are not repeated inside others."""
+
+
+def _keys(model: type[BaseModel], active: Mapping[str, object], indent: str, shown: _Shown) -> list[str]:
     """Every key of a part of the recipe: set where `active` has it, else as a comment with its default."""
     lines: list[str] = []
     for key, field in model.model_fields.items():
@@ -99,17 +107,18 @@ def _keys(model: type[BaseModel], active: Mapping[str, object], indent: str) -> 
         lines += _explained(field, indent)
         if key not in active:
             lines += [f"{indent}# {line}" for line in _default(key, field)]
-            lines += [f"{indent}# {line}" for other in _instead(field) for line in ("or:", *_other(key, other, False))]
+            for other in _instead(field):
+                lines += [f"{indent}# {line}" for line in ("or:", *_other(key, other, False, shown))]
             continue
         value = active[key]
         if isinstance(value, list):
-            lines += [f"{indent}{key}:", *_items(field, value, indent + "  ")]
+            lines += [f"{indent}{key}:", *_items(field, value, indent + "  ", shown)]
         elif isinstance(value, Mapping):
-            lines += [f"{indent}{key}:", *_keys(_variant(field, value), value, indent + "  ")]
+            lines += [f"{indent}{key}:", *_keys(_variant(field, value), value, indent + "  ", shown)]
         else:
             lines.append(f"{indent}{key}: {_scalar(value)}")
         for other in _OTHER_KINDS.get(key, ()):
-            lines += ["# or:", *[f"# {line}" for line in _other(key, other, isinstance(value, list))]]
+            lines += ["# or:", *[f"# {line}" for line in _other(key, other, isinstance(value, list), shown)]]
     return lines
 
 
@@ -119,22 +128,25 @@ def _instead(field: FieldInfo) -> list[type[BaseModel]]:
     return [] if isinstance(field.default, BaseModel) else parts
 
 
-def _items(field: FieldInfo, values: list[object], indent: str) -> list[str]:
+def _items(field: FieldInfo, values: list[object], indent: str, shown: _Shown) -> list[str]:
     lines: list[str] = []
     for value in values:
         assert isinstance(value, Mapping)
-        first, *rest = _keys(_variant(field, value), value, indent + "  ")
+        first, *rest = _keys(_variant(field, value), value, indent + "  ", shown)
         lines += [f"{indent}-", first, *rest]
     return lines
 
 
-def _other(key: str, model: type[BaseModel], listed: bool) -> list[str]:
-    """A variant in full, its required keys with a word in capitals for the value."""
+def _other(key: str, model: type[BaseModel], listed: bool, shown: _Shown) -> list[str]:
+    """A variant in full, its kind first, its required keys with a word in capitals for the value."""
     inner: list[str] = []
-    for name, field in model.model_fields.items():
+    shown.add(model)
+    for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] != "kind"):
         value = name.upper() if field.default is PydanticUndefined else _scalar(field.default)
         inner.append(f"{name}: {value}" + (f"    # {_one_line(field.description)}" if field.description else ""))
-        inner += [f"# {line}" for part in _instead(field) for line in ("or:", *_other(name, part, False))]
+        for part in _instead(field):
+            if part not in shown:
+                inner += [f"# {line}" for line in ("or:", *_other(name, part, False, shown))]
     if listed:
         return [f"{key}:", f"  - {inner[0]}", *[f"    {line}" for line in inner[1:]]]
     return [f"{key}:", *[f"  {line}" for line in inner]]

@@ -309,7 +309,8 @@ def test_a_path_in_another_form_is_refused_by_both(name, run, capsys):
     from test_second_verifier import signing_key
 
     def edit(bodies: list[dict], _: object) -> None:
-        bodies[13]["outputs"] = {name: bodies[13]["outputs"]["report.html"]}
+        told = next(body for body in bodies if "report.html" in body["outputs"])
+        told["outputs"] = {name: told["outputs"]["report.html"]}
 
     forger.rewrite(run, edit, key=signing_key())
     assert any("not read" in p.found for p in verify(run).differences)

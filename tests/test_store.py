@@ -40,6 +40,7 @@ KEY = SignalKey(
 OTHERS = {
     "tokenizer": OTHER, "templates": {"a": OTHER}, "teachers": {"a": OTHER}, "examples": OTHER,
     "vocab_size": 51, "seed": 8, "tau": 0.02, "temperature": 2.0, "precision": "bfloat16", "k": 5,
+    "source": "answers", "unmatched": "text", "answers": OTHER,
     "server": ServerIdentity(base_url="http://127.0.0.1:8000/v1", model="m", ask="echo"),
 }  # fmt: skip
 """Another value for each field."""

@@ -28,6 +28,11 @@ class Reply(NamedTuple):
     body: bytes
 
 
+_KNOWN = aiohttp.__version__.startswith("3.")
+"""Whether connections and parser are of the versions whose methods, which no documentation names, are used here. With
+others the session is."""
+
+
 class NoReplyError(Exception):
     """Nothing, or not all of it, came back.
 
@@ -85,7 +90,7 @@ class Transport:
     async def post(self, body: bytes, idempotency_key: str) -> Reply:
         """Send one request. Redirects are not followed: the key is for this address alone. Raises `NoReplyError`."""
         try:
-            if self._proxy is not None:
+            if self._proxy is not None or not _KNOWN:
                 return await self._through_session(body, idempotency_key)
             async with asyncio.timeout(self._seconds):
                 connection = self._unused() or await self._connect()

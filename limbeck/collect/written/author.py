@@ -47,11 +47,14 @@ class Author:
         was written by then is journaled.
         """
         requests = [self._request(task) for task in tasks]
-        lacking = set(self._journal.missing(request.key for request in requests))
-        if lacking:
-            self._ask([request for request in requests if request.key in lacking])
+        if lacking := self._lacking(requests):
+            self._ask(lacking)
         self.asked += [request.key for request in requests]
         return [self._teacher.parse(request, self._journal.get(request.key).raw) for request in requests]
+
+    def _lacking(self, requests: Sequence[Request]) -> list[Request]:
+        missing = set(self._journal.missing(request.key for request in requests))
+        return [request for request in requests if request.key in missing]
 
     def _request(self, task: Task) -> Request:
         name = Prompt.id_of(task.instruction)
@@ -67,7 +70,7 @@ class Author:
 
         found = ask_endpoint(
             self._teacher,  # pyright: ignore[reportArgumentType]
-            iter([requests]),
+            lambda _line: iter([self._lacking(requests)]),
             self._recipe,
             self._journal,
             self._line,
