@@ -11,7 +11,11 @@ from typing import Any, get_type_hints
 
 import jsonschema
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import rfc8785
+import runs
 import tiny
 from anthropic.types import message_create_params
 from asking import ask, made
@@ -27,6 +31,8 @@ from limbeck.collect.journal import Journal
 from limbeck.curate.curate import curate
 from limbeck.curate.filters import make_filters
 from limbeck.errors import InputError, PromptError
+from limbeck.ledger import verify
+from limbeck.ledger.sealing import parse_row, read_rows
 from limbeck.models.speech import cannot_call
 from limbeck.recipe import FilePrompts, Recipe
 from limbeck.records import Completion, Message, Prompt, Split, ToolCall, Verdict
@@ -293,6 +299,40 @@ def test_records_of_plain_text_have_the_digests_they_always_had():
     assert Prompt.id_of(messages) == "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
     assert messages[0].model_dump(mode="json") == {"role": "system", "content": "s"}
     assert Completion.model_fields["tool_calls"].default is None
+
+
+def test_leaves_cover_the_calls_of_answers_and_no_plain_answers_digest_changes(tmp_path: Path):
+    """The oracle is rfc8785 over what docs/ledger-format.md says."""
+    call = ToolCall(name="weather", arguments='{"place":"Köln"}', id="c1")
+
+    def change(records: runs.Records) -> runs.Records:
+        first, *rest = records.completions
+        called = first.model_copy(update={"tool_calls": (call,)})
+        verdicts = [v._replace(completion=called.id) if v.completion == first.id else v for v in records.verdicts]
+        return records._replace(completions=[called, *rest], verdicts=verdicts)
+
+    run = runs.make_run(tmp_path / "run", until="seal", change=change)
+    kept = {v.completion for v in read_records(run / "verdicts.parquet", Verdict) if v.keep}
+    answers = [c for c in read_records(run / "completions.parquet", Completion) if c.id in kept]
+    due: list[tuple[str, str]] = []
+    for c in answers:
+        said = {"finish_reason": c.finish_reason, "reasoning": c.reasoning, "text": c.text}
+        asked = [c.prompt_id, c.sample, c.teacher, c.text, c.reasoning, c.finish_reason]
+        calls = [{"arguments": o.arguments, "id": o.id, "name": o.name} for o in c.tool_calls or ()]
+        values = (said | {"tool_calls": calls}, [*asked, calls]) if calls else (said, asked)
+        due.append(tuple("sha256:" + hashlib.sha256(rfc8785.dumps(value)).hexdigest() for value in values))
+    leaves = [parse_row(row).values for row in read_rows(run)]
+    assert [(leaf["completion"], leaf["parents"]) for leaf in leaves] == [(one, [whole]) for one, whole in due]
+    assert answers[0].tool_calls
+    assert not any(c.tool_calls for c in answers[1:])
+    (told,) = verify(run).differences  # the journaled answer, of a form without calls, called nothing
+    assert told.where.endswith("tool_calls answered")
+    table = pq.read_table(run / "completions.parquet")
+    place = table.schema.get_field_index("tool_calls")
+    for hostile in ("[" * 100_000, "[NaN]", "no JSON"):
+        calls = pa.array([hostile, *[None] * (table.num_rows - 1)], pa.string())
+        pq.write_table(table.set_column(place, "tool_calls", calls), run / "completions.parquet")
+        assert any(one.where == "leaves.parquet" and "cannot be read" in one.found for one in verify(run).differences)
 
 
 def test_keys_are_nowhere_in_what_goes_beyond_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd):

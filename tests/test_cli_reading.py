@@ -38,6 +38,10 @@ def test_show_tells_stages_scores_and_shares(tmp_path):
     assert shown["shares"] == [{"teacher": runs.TEACHER, "examples": 3, "supervised_tokens": 12, "share": 1.0}]
     assert [score["value"] for score in shown["scores"]] == [0.5, None]
     assert [stage["done"] for stage in shown["stages"]] == [True] * len(STAGES)
+    said = json.loads((run / "gate" / "rulings.json").read_text())
+    row = next(line for line in result.stdout.splitlines() if line.startswith("terms gate "))
+    assert row.split()[2:5] == [said["verdict"], str(said["rows"]), "examples,"]
+    assert "terms gate " not in call("show", runs.make_run(tmp_path / "before", gated=False)).stdout
 
 
 @pytest.mark.parametrize("until", ["prompts", "curate", "train"])

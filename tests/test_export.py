@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from limbeck.cli import app
 from limbeck.export.facts import Facts, read_facts
 from limbeck.export.formats import DOCUMENTS
-from limbeck.export.rulings import row_of, ruling_of
+from limbeck.export.rulings import register_says, row_of
 from limbeck.export.words import markdown
 from limbeck.ledger.proofs.share import share
 from limbeck.ledger.store import Ledger
@@ -40,7 +40,7 @@ def foreign(facts: Facts) -> Facts:
     """As if a second teacher, of foreign terms, had written three quarters, for a student that is published."""
     (one,) = facts.teachers
     seen = one.seen._replace(name="hf:meta-llama/Llama-3.1-8B-Instruct@abc", terms=LLAMA)
-    ruling = ruling_of(LLAMA, Use(), [one.first])
+    ruling = register_says(LLAMA, Use(), [one.first], "self-hosted")
     other = one._replace(seen=seen, tokens=3 * one.tokens, share=0.75, ruling=ruling, terms=row_of(LLAMA))
     return dataclasses.replace(facts, teachers=(one._replace(share=0.25), other))
 

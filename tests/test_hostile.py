@@ -333,6 +333,23 @@ def test_a_manifest_of_another_shape_is_a_difference(value, run):
     assert any(p.where.startswith("examples") for p in verify(run).differences)
 
 
+JSON = {
+    "prompts.parquet": ("messages", "tools", "json_schema", "parents"),
+    "completions.parquet": ("messages", "tools", "tool_calls", "json_schema"),
+    "leaves.parquet": ("fields", "share"),
+}
+"""Columns that hold JSON text."""
+
+
+@pytest.mark.parametrize(("name", "column"), [(name, column) for name, columns in JSON.items() for column in columns])
+def test_json_that_is_nested_without_end_is_a_difference(name, column, run):
+    table = pq.read_table(run / name)
+    place = table.schema.get_field_index(column)
+    values = pa.array(["[" * 100_000, *table[column].to_pylist()[1:]], pa.string())
+    pq.write_table(table.set_column(place, column, values), run / name)
+    assert {one.where.partition(":")[0] for one in verify(run).differences} >= {name}
+
+
 @pytest.mark.parametrize("column", ["fields", "share", "leaf"])
 @pytest.mark.parametrize("what", ["null", "bytes"])
 def test_leaves_of_other_types_are_a_difference(column, what, run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import json
 from pathlib import Path
@@ -17,6 +18,9 @@ import limbeck
 from limbeck.errors import InputError, RecipeError, RefusedError
 from limbeck.export.card import card_text
 from limbeck.export.evidence import read_evidence
+from limbeck.export.facts import read_facts, read_teachers
+from limbeck.export.formats import DOCUMENTS
+from limbeck.export.properties import use_properties
 from limbeck.ledger.canonical import digest_file
 from limbeck.ledger.signing.envelope import Envelope, sign
 from limbeck.recipe import Recipe, Use
@@ -118,6 +122,30 @@ def test_card_and_report_name_waiver_and_obligations_and_foreign_words_stay_text
     assert card.split("# Llama-asked")[1].lstrip().startswith("**Built with Llama**")
     assert "Keep to the Acceptable Use Policy" in card
     assert "Keep to the Acceptable Use Policy" in render_report(evidence)
+
+
+def test_exports_say_what_the_gate_said_and_the_register_only_where_no_gate_ruled(forbidden, finished_run, tmp_path):
+    recipe, run = forbidden
+    recipe = under(recipe, waived(tmp_path))
+    stage.gate(recipe, run)
+    evidence, finished = read_evidence(recipe, run), read_facts(finished_run)
+    told = read_teachers(evidence, run)
+    assert [(one.seen.terms, one.ruling.verdict) for one in told] == [(LLAMA_3, Outcome.WAIVED)]
+    assert "order form 7" in told[0].ruling.reason
+    alone = read_teachers(dataclasses.replace(evidence, rulings=None), run)
+    assert [one.ruling.verdict for one in alone] == [Outcome.REFUSED]
+    (maker,) = read_teachers(dataclasses.replace(evidence, rulings=None, teachers=tuple(
+        seen._replace(route="maker-api") for seen in evidence.teachers)), run)  # fmt: skip
+    assert maker.ruling.verdict is Outcome.UNKNOWN  # these terms are about weights of one's own
+    seen = dataclasses.replace(finished.evidence, rulings=evidence.rulings)
+    facts = dataclasses.replace(finished, evidence=seen, teachers=told)
+    for one in DOCUMENTS:
+        if one.name != "card":  # which is what lies in the run
+            assert "A. Counsel let" in one.make(facts), one.name
+            assert "refused" not in one.make(facts).replace("refused under", ""), one.name
+            assert "A. Counsel" not in one.make(finished), one.name
+    assert dict(use_properties(facts))["limbeck:gate:verdict"] == "waived"
+    assert dict(use_properties(finished))["limbeck:gate:verdict"] == "allowed"
 
 
 def test_waive_writes_what_run_and_check_take(tmp_path):

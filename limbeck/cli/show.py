@@ -145,12 +145,24 @@ def as_text(result: Standing, *, facts: bool) -> str:
         parts.append(
             _table([("score", "subject", "value", "95 % interval", "n", "unit"), *map(_score_row, result.scores)])
         )
+    if ruled := _gate_row(result):
+        parts.append(_table([ruled]))
     if money := _money_rows(result):
         parts.append(_table(money))
     places = [(word, path) for word, path in (("student", result.student), ("report", result.report)) if path]
     if places:
         parts.append(_table(places))
     return printable("\n\n".join(parts))
+
+
+def _gate_row(result: Standing) -> tuple[str, ...]:
+    """What the terms gate said of the set; nothing where it was not asked, or has to be again."""
+    facts = next((s.facts for s in result.stages if s.stage == "gate" and s.done), {})
+    if not isinstance(verdict := facts.get("verdict"), str):
+        return ()
+    waived = f"{facts.get('waived')} of {facts.get('sources')} sources let through by waivers"
+    told = f"{facts.get('rows')} examples, {waived}, {facts.get('obligations')} obligations"
+    return "terms gate", verdict, f"{told}; all in {result.run}/gate/rulings.json"
 
 
 def _money_rows(result: Standing) -> list[tuple[str, ...]]:
@@ -183,7 +195,7 @@ def _stage_row(state: StageState) -> tuple[str, ...]:
 
 def _fact_rows(state: StageState) -> list[tuple[str, ...]]:
     """Facts a line can hold; the rest, and the digest of every file, is in the JSON."""
-    told = [(key, _brief(value)) for key, value in sorted(state.facts.items()) if key != "manifests"]
+    told = [(key, _brief(value)) for key, value in sorted(state.facts.items()) if key not in ("manifests", "gate")]
     return [(state.stage if not place else "", key, text) for place, (key, text) in enumerate(told)]
 
 

@@ -6,7 +6,7 @@ formats      the table of formats
 words        figures, digests and foreign text as a reader sees them
 pruning      what a pruned student kept, in words
 licences     licences by the names that standards have for them
-rulings      what the register of terms says of each teacher's outputs
+rulings      what the gate ruled on each teacher's outputs, or what the register says where it did not
 properties   what no standard has a field for, under `limbeck:`
 card         RUN/student/README.md, the model card
 data_card    the card of the training set

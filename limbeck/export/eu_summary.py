@@ -166,12 +166,14 @@ def _generator(teacher: TeacherTold) -> str:
 def _processing(facts: Facts) -> list[Section]:
     drops = ", ".join(f"{d.filter} ({several(d.answers, 'answer')})" for d in facts.evidence.dropped) or "none"
     rulings = "; ".join(f"{t.seen.name}: {t.ruling.verdict.value}: {t.ruling.reason}" for t in facts.teachers)
-    ledger = facts.ledger
+    ledger, ruled = facts.ledger, facts.evidence.rulings
+    asked = "What the terms gate said before training" if ruled else "What the register of terms says"
+    waivers = "".join(f" Waiver: {waiver.words}." for waiver in (ruled.waivers if ruled else ()))
     return [
         Section("3.1", "Respect of reservation of rights from text and data mining exception or limitation", (
             Answer("Signatory to the Code of Practice for general-purpose AI models?", None, "yes or no"),
             Answer("Measures before model training",
-                   f"What the register of terms says of the teachers' outputs for the declared use: {rulings}.",
+                   f"{asked} of the teachers' outputs for the declared use: {rulings}.{waivers}",
                    "measures for the sources of the prompts"),
         )),
         Section("3.2", "Removal of illegal content", (Answer(

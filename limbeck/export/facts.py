@@ -16,7 +16,7 @@ from typing import NamedTuple
 from limbeck.errors import Problem, RunDirError, VerificationError
 from limbeck.export.card import licence_of_weights, start_of
 from limbeck.export.evidence import Evidence, TeacherSeen, read_evidence
-from limbeck.export.rulings import row_of, ruling_of
+from limbeck.export.rulings import gate_said, register_says, row_of
 from limbeck.ledger import verify
 from limbeck.ledger.canonical import manifest
 from limbeck.ledger.sealing import parse_row, read_rows
@@ -44,7 +44,7 @@ class FileSeen(NamedTuple):
 
 
 class TeacherTold(NamedTuple):
-    """A teacher with its share as the ledger's leaves have it, and what the register says of its outputs."""
+    """A teacher with its share as the ledger's leaves have it, and the ruling on its outputs."""
 
     seen: TeacherSeen
     rows: int
@@ -54,6 +54,7 @@ class TeacherTold(NamedTuple):
     share: float
     """Of all supervised tokens that teachers wrote."""
     ruling: Ruling
+    """The gate's; the register's where no gate ruled on it."""
     terms: Terms | None
     first: dt.date
     """Day of its first answer, UTC."""
@@ -158,7 +159,7 @@ def read_facts(path: Path) -> Facts:
         base=base,
         base_digest=last["student"].inputs.get(f"student:{base}") or last["student"].inputs.get(f"teacher:{base}"),
         licence=_licence(evidence),
-        teachers=_teachers(evidence, run),
+        teachers=read_teachers(evidence, run),
         ledger=_ledger(evidence, entries, root, size),
         tokens=_tokens(run, evidence),
         made=last["train"].finished.astimezone(dt.UTC),
@@ -183,8 +184,8 @@ def _licence(evidence: Evidence) -> str | None:
     return licence_of_weights(evidence.recipe)
 
 
-def _teachers(evidence: Evidence, run: RunDir) -> tuple[TeacherTold, ...]:
-    """Shares from the leaves, added up as `limbeck ledger share` does, and days from the answers."""
+def read_teachers(evidence: Evidence, run: RunDir) -> tuple[TeacherTold, ...]:
+    """Shares from the leaves, added up as `limbeck ledger share` does, days from the answers, rulings from the gate."""
     rows, tokens, days = Counter[str](), Counter[str](), dict[str, set[dt.date]]()
     for row in read_rows(run.root):
         share = parse_row(row).share
@@ -200,7 +201,8 @@ def _teachers(evidence: Evidence, run: RunDir) -> tuple[TeacherTold, ...]:
             rows=rows[seen.name],
             tokens=tokens[seen.name],
             share=tokens[seen.name] / total if total else 0.0,
-            ruling=ruling_of(seen.terms, use, sorted(days[seen.name])),
+            ruling=gate_said(evidence.rulings, seen.name)
+            or register_says(seen.terms, use, sorted(days[seen.name]), seen.route),
             terms=row_of(seen.terms),
             first=min(days[seen.name]),
             last=max(days[seen.name]),

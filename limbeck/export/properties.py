@@ -21,12 +21,15 @@ def ledger_properties(facts: Facts) -> list[tuple[str, str]]:
 
 
 def use_properties(facts: Facts) -> list[tuple[str, str]]:
-    """What the student is declared to be for."""
-    use = facts.evidence.recipe.use
+    """What the student is declared to be for, and what the gate said of all that it learnt from."""
+    use, ruled = facts.evidence.recipe.use, facts.evidence.rulings
     return [
         (PREFIX + "use:distribution", use.distribution),
         (PREFIX + "use:purpose", use.purpose),
         (PREFIX + "use:commercial", "true" if use.commercial else "false"),
+        (PREFIX + "gate:verdict", ruled.verdict.value if ruled else "not asked"),
+        *((PREFIX + "gate:waiver", waiver.words) for waiver in (ruled.waivers if ruled else ())),
+        *((PREFIX + "gate:obligation", f"{o.kind}: {o.value}") for o in (ruled.obligations if ruled else ())),
     ]
 
 

@@ -1,4 +1,6 @@
-"""What the register of terms says of each teacher's outputs: the one place where exports ask it."""
+"""What is to be told of the terms of each teacher's outputs: what the gate ruled, as it lies in the run. Only where no
+gate ruled is the register of terms asked.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +8,25 @@ import datetime as dt
 from collections.abc import Iterable
 
 from limbeck.recipe import Use
-from limbeck.terms.gate import Ruling, rule, strictest
+from limbeck.terms.gate import Ruling, rule_route, strictest
+from limbeck.terms.rulings import Rulings
 from limbeck.terms.terms import OWN_MODEL, UNKNOWN, Terms, register
 
 
-def ruling_of(terms_id: str, use: Use, days: Iterable[dt.date]) -> Ruling:
+def gate_said(rulings: Rulings | None, teacher: str) -> Ruling | None:
+    """The gate's strictest ruling on a teacher, with the obligations of all and the waivers in its reason; None where
+    the gate was not asked, or where nothing of that teacher's is learnt from.
+    """
+    found = rulings.strictest_of(teacher) if rulings else None
+    return found.ruling if found else None
+
+
+def register_says(terms_id: str, use: Use, days: Iterable[dt.date], route: str) -> Ruling:
     """The strictest ruling over the days on which outputs were generated. An id that the register no longer has is
     ruled on as unknown.
     """
     known = terms_id if terms_id in (OWN_MODEL, UNKNOWN) or terms_id in register() else UNKNOWN
-    return strictest(rule(known, use, day) for day in days)._replace(terms=terms_id)
+    return strictest(rule_route(known, use, day, route) for day in days)._replace(terms=terms_id)
 
 
 def row_of(terms_id: str) -> Terms | None:

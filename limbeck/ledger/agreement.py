@@ -33,9 +33,18 @@ from limbeck.ledger.raw_answers import Expected, RawAnswers
 from limbeck.records import Completion, Prompt, Verdict
 from limbeck.tables import schema
 
-UNREADABLE = (pa.ArrowException, sqlite3.DatabaseError, OSError, ValueError, KeyError, TypeError, IndexError)
+UNREADABLE = (
+    pa.ArrowException,
+    sqlite3.DatabaseError,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    RecursionError,
+)
 """What readers raise on bytes that somebody changed."""
-_UNPACKING = (zlib.error, zstandard.ZstdError, RecursionError)
+_UNPACKING = (zlib.error, zstandard.ZstdError)
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 P = ParamSpec("P")

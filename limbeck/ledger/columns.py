@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from limbeck.ledger.canonical import canonical
 from limbeck.ledger.pages import dictionaries
 
 ROWS = 2048
@@ -60,10 +61,18 @@ def digest_text(text: str) -> str:
     return "sha256:" + sha256(text.encode()).hexdigest()
 
 
-def completion_digest(text: str, reasoning: str | None, finish_reason: str) -> str:
-    """Digest of an answer by itself, whoever gave it to whatever prompt."""
+def completion_digest(text: str, reasoning: str | None, finish_reason: str, calls: str | None = None) -> str:
+    """Digest of an answer by itself, whoever gave it to whatever prompt. `calls` are the functions that it called, as
+    JSON; where there are none, nothing of them stands in it.
+
+    Raises:
+        ValueError, RecursionError: calls that are no JSON that canonical JSON can say.
+    """
     thought = "null" if reasoning is None else quoted(reasoning)
-    return digest_text(f'{{"finish_reason":{quoted(finish_reason)},"reasoning":{thought},"text":{quoted(text)}}}')
+    called = f',"tool_calls":{canonical(json.loads(calls)).decode()}' if calls not in (None, "[]") else ""
+    return digest_text(
+        f'{{"finish_reason":{quoted(finish_reason)},"reasoning":{thought},"text":{quoted(text)}{called}}}'
+    )
 
 
 def completion_id(prompt: str, sample: int, teacher: str, text: str, reasoning: str | None, finish_reason: str) -> str:

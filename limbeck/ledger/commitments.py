@@ -4,7 +4,6 @@ records.
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -96,8 +95,7 @@ def leaf_differences(
     root: Path, known: Tree, present: frozenset[str], salts_key: bytes | None
 ) -> tuple[list[Problem], list[str]]:
     """Every example leaf that is not what the tree, the records or its own salts say."""
-    import pyarrow as pa
-
+    from limbeck.ledger.agreement import UNREADABLE
     from limbeck.ledger.sealing import LEAVES, known_salts
 
     if not known.sets or known.problems or LEAVES not in present:
@@ -116,7 +114,7 @@ def leaf_differences(
         return list(_leaves(root, known, salts, present, notes)), notes
     except LimbeckError as error:
         return list(error.problems), notes
-    except (pa.ArrowException, sqlite3.DatabaseError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except UNREADABLE as error:
         found = f"cannot be read: {type(error).__name__}: {_short(error)}"
         return [Problem(LEAVES, found, "the leaves of its stage", _REMEDY)], notes
 

@@ -222,6 +222,7 @@ class RawAnswers:
             ("messages asked", asked.get("messages"), messages),
             *((f"{name} asked", asked.get(name), getattr(completion, name)) for name in _ASKED),
             *((f"{name} answered", said.get(name), getattr(completion, name)) for name in _SAID),
+            ("tool_calls answered", None, completion.tool_calls),  # no answer of this form has any
         ]
 
 

@@ -195,7 +195,9 @@ def leaves(recipe: Recipe, run: Path) -> Iterator[Leaf]:
                 shares[counted] = share
         yield Leaf(
             (
-                completion_digest(completion.text, completion.reasoning, completion.finish_reason),
+                completion_digest(
+                    completion.text, completion.reasoning, completion.finish_reason, completion.tool_calls
+                ),
                 _iso(completion.created),
                 example.id,
                 NOT_ASKED,
@@ -261,6 +263,8 @@ class _Answer(NamedTuple):
     teacher: str
     terms: str
     text: str
+    tool_calls: str | None
+    """JSON."""
     weights: Digest | None
 
 

@@ -68,6 +68,11 @@ class WaiverSeen(_Record):
     reason: str
     expires: dt.date
 
+    @property
+    def words(self) -> str:
+        """Who let what through, until when, and why."""
+        return f"{self.by} let {self.terms} through until {self.expires}, against what the terms say: {self.reason}"
+
 
 class Rulings(_Record):
     """All rulings on a set of examples."""
