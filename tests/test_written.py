@@ -22,9 +22,11 @@ from limbeck.collect.written.kinds import items
 from limbeck.collect.written.source import alike
 from limbeck.errors import EndpointError, InputError, RefusedError
 from limbeck.ledger.canonical import digest_file
+from limbeck.recipe import Recipe
 from limbeck.records import Message, Prompt
 from limbeck.rundir import RunDir
 from limbeck.tables import read_records
+from limbeck.terms.sources import declared, today
 from limbeck.testing import Server, Settings
 
 SETTINGS = Settings(words=12, spread=0.5)
@@ -134,23 +136,40 @@ def test_a_piece_is_shown_or_only_used_to_ask(tmp_path: Path, show: bool):
     assert all(starts) if show else not any("w1" in p.messages[0].content for p in prompts)
 
 
-def test_writing_counts_under_the_cap_and_offline_sends_nothing(tmp_path: Path):
+@pytest.mark.parametrize("kind", ["evolve", "self-instruct", "multi-turn"])
+def test_writing_counts_under_the_cap_and_offline_sends_nothing(tmp_path: Path, kind: str):
     price = {"price": {"input": 1.0, "output": 1.0}}
-    with Server(SETTINGS) as server:
-        source = sources(tmp_path)["evolve"]
+    settings = LISTS if kind == "self-instruct" else SETTINGS
+    with Server(settings.model_copy(update={"idempotency": False})) as server:  # each run pays for itself
+        source = sources(tmp_path, 24)[kind] | {"max_tokens": 100}
         run = RunDir(tmp_path / "off")
         run.root.mkdir()
         run.offline = True
         with pytest.raises(EndpointError, match="does not hold every answer"):
             gather(made(server.url, source), run)
         assert server.bill.received == 0
-        capped = made(server.url, source, teacher=price, budget={"money": 0.004})
+        whole, _ = gathered(made(server.url, source, teacher=price), tmp_path / "whole")
+        requests, cost = server.bill.requests, tokens(tmp_path / "whole") / 1e6
+        capped = made(server.url, source, teacher=price, budget={"money": cost / 2})
         with pytest.raises(RefusedError):
             gathered(capped, tmp_path / "cap")
-        assert 0 < server.bill.requests < 12
+        sent = server.bill.requests - requests
+        assert 0 < sent < requests
+        assert tokens(tmp_path / "cap") / 1e6 <= cost / 2
         raised = made(server.url, source, teacher=price, budget={"money": 5.0})
+        assert gathered(raised, tmp_path / "cap")[0] == whole
+        assert server.bill.requests == 2 * requests
+        held = RunDir(tmp_path / "cap")
+        held.offline = True
+        gather(raised, held)
         _, answers = ask(raised, tmp_path / "cap")
-    assert len(answers) == 12
+    assert len(answers) == 24
+
+
+def tokens(root: Path) -> int:
+    """What the server's answers in a journal say was billed."""
+    found = [re.findall(rb'"total_tokens":\s*(\d+)', raw) for _, raw in exchanged(root)]
+    return sum(int(told[-1]) for told in found)
 
 
 def test_what_is_dropped_is_counted_and_too_few_is_an_error(tmp_path: Path):
@@ -246,3 +265,13 @@ def test_a_chat_is_written_by_one_model(tmp_path: Path):
     assert made("http://127.0.0.1:9", source | {"teacher": "toy"}).prompts[0].kind == "multi-turn"
     with pytest.raises(ValueError, match="a prompt has one writer on record"):
         made("http://127.0.0.1:9", source | {"teacher": "other"})
+
+
+@pytest.mark.parametrize("kind", ["evolve", "personas", "documents", "self-instruct", "multi-turn"])
+def test_the_gate_counts_the_writer_of_every_kind(tmp_path: Path, kind: str):
+    source = sources(tmp_path)[kind]
+    whole = made("http://127.0.0.1:9", source).model_dump(mode="json", exclude_unset=True)
+    both = [whole["teacher"], whole["teacher"] | {"model": "second", "terms": "unknown"}]
+    recipe = Recipe.model_validate(whole | {"teacher": both, "prompts": [source | {"by": "second"}]})
+    found = {(s.name, s.terms) for s in declared(recipe, today()) if s.role == "prompt"}
+    assert found == {("second", "unknown")}
