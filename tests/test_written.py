@@ -87,6 +87,7 @@ def test_a_teacher_writes_prompts_once_and_is_recorded_with_what_they_came_from(
     for prompt in prompts:
         assert prompt.writer == "toy"
         assert prompt.source == f"{kind}:toy"
+        assert prompt.parents is not None
         assert {parent.source: parent.licence for parent in prompt.parents} == files
         assert {parent.id for parent in prompt.parents} <= known
         assert set(prompt.licence.split(" AND ")) == set(files.values())
