@@ -25,10 +25,12 @@ from limbeck.recipe import (
     FilePrompts,
     FileTeacher,
     HiddenSignalSettings,
+    MultiTurnPrompts,
     OpenAITeacher,
     PersonaPrompts,
     PretrainedStudent,
     Recipe,
+    SelfInstructPrompts,
     TextSignalSettings,
     TopKSignalSettings,
 )
@@ -39,7 +41,15 @@ DEFAULT_TERMS = "huggingface/smollm2/2025-02-07"
 
 _OTHER_KINDS: dict[str, tuple[type[BaseModel], ...]] = {
     "teacher": (OpenAITeacher, FileTeacher),
-    "prompts": (FilePrompts, DatasetPrompts, EvolvePrompts, PersonaPrompts, DocumentPrompts),
+    "prompts": (
+        FilePrompts,
+        DatasetPrompts,
+        EvolvePrompts,
+        PersonaPrompts,
+        DocumentPrompts,
+        SelfInstructPrompts,
+        MultiTurnPrompts,
+    ),
     "student": (PretrainedStudent,),
     "signal": (HiddenSignalSettings, TopKSignalSettings, TextSignalSettings),
 }

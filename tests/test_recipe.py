@@ -176,11 +176,9 @@ epochs: 3
     assert told["1: name"] == ("2024 (a whole number)", "text")
     assert told["2: teacher.model"][0] == "the key is missing"
     assert told["4: prompts.0.path"][0] == "the key is missing"
-    assert told["6: prompts.1.kind"] == ("'filee'", "one of file, dataset, self-prompt, evolve, personas, documents")
-    assert told["7: prompts.2.kind"] == (
-        "the key is missing",
-        "one of file, dataset, self-prompt, evolve, personas, documents",
-    )
+    kinds = "one of file, dataset, self-prompt, evolve, personas, documents, self-instruct, multi-turn"
+    assert told["6: prompts.1.kind"] == ("'filee'", kinds)
+    assert told["7: prompts.2.kind"] == ("the key is missing", kinds)
     assert told["11: student.layers"] == ("'two' (text)", "a whole number")
     assert told["12: collect"] == ("3 (a whole number)", "a mapping of keys to values")
     assert told["15: train.epochs"] == ("inf (a number)", "a finite number")

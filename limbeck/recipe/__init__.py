@@ -37,8 +37,10 @@ from limbeck.recipe.prompts import DatasetPrompts as DatasetPrompts
 from limbeck.recipe.prompts import DocumentPrompts as DocumentPrompts
 from limbeck.recipe.prompts import EvolvePrompts as EvolvePrompts
 from limbeck.recipe.prompts import FilePrompts as FilePrompts
+from limbeck.recipe.prompts import MultiTurnPrompts as MultiTurnPrompts
 from limbeck.recipe.prompts import PersonaPrompts as PersonaPrompts
 from limbeck.recipe.prompts import PromptSource, WrittenPrompts
+from limbeck.recipe.prompts import SelfInstructPrompts as SelfInstructPrompts
 from limbeck.recipe.prompts import SelfPrompt as SelfPrompt
 from limbeck.recipe.prompts import Template as Template
 from limbeck.recipe.teachers import NO_ENDPOINT as NO_ENDPOINT
@@ -302,6 +304,14 @@ class Recipe(Part):
                 remedy = "name it as the teacher's `model` does"
                 expected = f"a teacher of the recipe: {', '.join(names)}"
                 problems.append(Problem(f"prompts.{index}.by", str(source.by), expected, remedy))
+            by = source.by or names[0] if isinstance(source, MultiTurnPrompts) else None
+            if isinstance(source, MultiTurnPrompts) and source.teacher not in (None, by):
+                found, expected = (
+                    f"{source.teacher}, while by is {by}",
+                    "the one of by: a prompt has one writer on record",
+                )
+                remedy = f"remove teacher, or name one model in both, such as by: {by}"
+                problems.append(Problem(f"prompts.{index}.teacher", found, expected, remedy))
         served = self.signal.kind == "top_k" and (self.signal.server is not None or self.signal.source == "answers")
         kinds = (
             self.student.kind,

@@ -10,7 +10,9 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from limbeck.errors import Problem
-from limbeck.recipe.parts import Part, PositiveFloat, PositiveInt, Probability
+from limbeck.recipe.parts import WHOLE, Part, PositiveFloat, PositiveInt, Probability
+
+_Turns = Annotated[int, Field(ge=2, lt=2**53), WHOLE]
 
 
 class TemplateMessage(Part):
@@ -191,11 +193,52 @@ class DocumentPrompts(_Written):
     """Whether the piece stands in the prompt before the question; else it is only used to ask."""
 
 
-WrittenPrompts = EvolvePrompts | PersonaPrompts | DocumentPrompts
+class SelfInstructPrompts(_Written):
+    """Prompts that a teacher adds to a list of others (Self-Instruct, arXiv 2212.10560)."""
+
+    kind: Literal["self-instruct"] = "self-instruct"
+    """Added to a list of seeds."""
+    seeds: RowPrompts
+    """The prompts to begin with; of a chat, the user's last words."""
+    max_tokens: PositiveInt = 1024
+    """Longest list of new prompts, in tokens; the last of a list that runs longer is dropped."""
+    examples: PositiveInt = 8
+    """Prompts that the teacher is shown at a time: seeds, and from the second round on one in four that it wrote
+    before."""
+    each: PositiveInt = 8
+    """New prompts that it is asked for at a time."""
+    rounds: PositiveInt = 4
+    """What was kept in a round is among the examples of all later ones."""
+
+
+class MultiTurnPrompts(_Written):
+    """Chats that a teacher leads with itself: it answers, and then says what the user says next."""
+
+    kind: Literal["multi-turn"] = "multi-turn"
+    """Chats of several turns."""
+    seeds: RowPrompts
+    """What the chats begin with: rows that end with the user's message."""
+    turns: _Turns = 3
+    """The user's messages: the seed's last, and what is written after it. The chat ends with one."""
+    teacher: str | None = None
+    """The teacher that answers the user, by its `model`; null is the one of `by`, who plays the user. It has to be the
+    same one, since a prompt is recorded with one writer."""
+    max_tokens: PositiveInt = 1024
+    """Longest message, in tokens; a chat with a longer one is dropped, not cut."""
+
+
+WrittenPrompts = EvolvePrompts | PersonaPrompts | DocumentPrompts | SelfInstructPrompts | MultiTurnPrompts
 """Prompts that a teacher writes when it is told to."""
 
 PromptSource = Annotated[
-    FilePrompts | DatasetPrompts | SelfPrompt | EvolvePrompts | PersonaPrompts | DocumentPrompts,
+    FilePrompts
+    | DatasetPrompts
+    | SelfPrompt
+    | EvolvePrompts
+    | PersonaPrompts
+    | DocumentPrompts
+    | SelfInstructPrompts
+    | MultiTurnPrompts,
     Field(discriminator="kind"),
 ]
 

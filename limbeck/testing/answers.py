@@ -151,6 +151,10 @@ def _written(ask: Ask, seed: bytes, settings: Settings, vocabulary: Vocabulary) 
     if settings.spread:
         away = settings.spread * (int.from_bytes(seed[12:16], "big") / 0xFFFFFFFF * 2 - 1)
         count = max(1, round(count * (1 + away)))
+    if settings.items:
+        seeds = [hashlib.sha256(seed + number.to_bytes(4, "big")).digest() for number in range(1, settings.items + 1)]
+        text = "\n".join(f"{number}. {words(item, count)}" for number, item in enumerate(seeds, 1))
+        return text, vocabulary.count(text)
     text = words(seed, count)
     # Counting is most of the work of an answer, and with all words in the vocabulary, each is a token.
     return text, count if vocabulary.knows_words else vocabulary.count(text)

@@ -41,6 +41,8 @@ class Settings(Form):
     """Length of an answer in words, which are 5 bytes and 1 token each. With 240, a chat completion has 1.7 kB."""
     spread: float = Field(default=0.0, ge=0, le=1)
     """An answer's length is drawn between `words * (1 - spread)` and `words * (1 + spread)`, by its request."""
+    items: int = Field(default=0, ge=0)
+    """With more than 0, an answer is a numbered list of so many items, each as long as an answer would be."""
     delay: float = Field(default=0.0, ge=0)
     """Seconds from a request to its answer."""
     vocabulary: int = Field(default=512, ge=256)

@@ -10,13 +10,22 @@ import hashlib
 import heapq
 import math
 import random
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from limbeck.collect.digests import DigestSet
 from limbeck.collect.files import iter_file_prompts
 from limbeck.collect.written.wording import told
-from limbeck.recipe import DatasetPrompts, DocumentPrompts, EvolvePrompts, FilePrompts, PersonaPrompts
+from limbeck.recipe import (
+    DatasetPrompts,
+    DocumentPrompts,
+    EvolvePrompts,
+    FilePrompts,
+    MultiTurnPrompts,
+    PersonaPrompts,
+    SelfInstructPrompts,
+)
 from limbeck.recipe.prompts import WrittenPrompts
 from limbeck.records import Message, Parent, Prompt
 from limbeck.seeds import derive_seed
@@ -30,6 +39,11 @@ _DEEPER = (
 )
 _BESIDE = 0.25
 """Share of candidates that are evolved in breadth."""
+_WAVE = 64
+"""Requests that are under way together."""
+_OWN = 4
+"""One example in so many is of the teacher's own, where there is one."""
+_NUMBERED = re.compile(r"[ \t]{0,3}\**(\d{1,4})[.):]\**[ \t]+(.*)")
 
 
 class Piece(NamedTuple):
@@ -45,7 +59,7 @@ class Piece(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One candidate: what the teacher is told, and how its words become a prompt."""
+    """What the teacher is told, and how its words become a prompt, or several."""
 
     instruction: tuple[Message, ...]
     number: int
@@ -54,6 +68,10 @@ class Task(NamedTuple):
     likened: tuple[str, ...]
     """Texts that it must not be too similar to."""
     make: Callable[[str], tuple[Message, ...]]
+    listed: bool = False
+    """Whether it is asked for a numbered list, each item of which is a candidate."""
+    then: Callable[[str], Task] | None = None
+    """What it is told next, after these words; None where they end the candidate."""
 
 
 class Kind(Protocol):
@@ -61,10 +79,14 @@ class Kind(Protocol):
 
     rounds: int
     wordings: tuple[str, ...]
+    wave: int
+    """Tasks that are written together."""
+    remembers: bool
+    """Whether `before` is what all earlier rounds kept, and not only the last one."""
 
     def task(self, before: Sequence[Piece], number: int) -> Task | None:
-        """Candidate `number`; `before` is what the round before kept, empty in the first. None where there is no more
-        to ask.
+        """Task `number`; `before` is what the round before kept, empty in the first. None where there is no more to
+        ask.
         """
         ...
 
@@ -78,12 +100,17 @@ def make_kind(source: WrittenPrompts, seed: int) -> Kind:
             return Personas(source, seed)
         case "documents":
             return Documents(source)
+        case "self-instruct":
+            return SelfInstruct(source, seed)
+        case "multi-turn":
+            return MultiTurn(source)
 
 
 class Evolve:
     """A `Kind`: seeds made harder, or something beside them."""
 
     wordings: tuple[str, ...] = ("deepen", "widen")
+    wave, remembers = _WAVE, False
 
     def __init__(self, source: EvolvePrompts, seed: int):
         self.rounds, self._seed = source.rounds, seed
@@ -107,6 +134,7 @@ class Personas:
 
     rounds = 1
     wordings: tuple[str, ...] = ("persona",)
+    wave, remembers = _WAVE, False
 
     def __init__(self, source: PersonaPrompts, seed: int):
         self._personas, self._tasks = chosen(source.personas, source.count), chosen(source.tasks, source.count)
@@ -131,6 +159,7 @@ class Documents:
 
     rounds = 1
     wordings: tuple[str, ...] = ("question",)
+    wave, remembers = _WAVE, False
 
     def __init__(self, source: DocumentPrompts):
         self._show = source.show
@@ -142,6 +171,95 @@ class Documents:
         instruction = told("question", piece=piece.text, shown=self._show)
         show = f"{piece.text}\n\n" if self._show else ""
         return Task(instruction, number, piece.parents, (), lambda text: (_user(f"{show}{text}"),))
+
+
+class SelfInstruct:
+    """A `Kind`: lists of seeds, and of what was kept in earlier rounds, that the teacher goes on with."""
+
+    wordings: tuple[str, ...] = ("list",)
+    remembers = True
+
+    def __init__(self, source: SelfInstructPrompts, seed: int):
+        self._source, self._seed = source, seed
+        self.rounds = min(source.rounds, source.count)
+        # A list has many candidates: no more of them than would do if all were kept.
+        self.wave = min(_WAVE, math.ceil(source.count / (self.rounds * source.each)))
+        self._seeds = chosen(source.seeds, max(source.count, source.examples))
+
+    def task(self, before: Sequence[Piece], number: int) -> Task:
+        """See `Kind.task`. The parents are the seeds among the examples, of which there is always one."""
+        draw = random.Random(derive_seed(self._seed, "self-instruct", len(before), number))
+        own = draw.sample(before, min(self._source.examples // _OWN, len(before)))
+        seeds = draw.sample(self._seeds, min(self._source.examples - len(own), len(self._seeds)))
+        examples = [*seeds, *own]
+        draw.shuffle(examples)
+        texts = tuple(" ".join(piece.text.split()) for piece in examples)
+        instruction = told("list", examples=texts, each=self._source.each)
+        parents = tuple(dict.fromkeys(parent for piece in seeds for parent in piece.parents))
+        return Task(instruction, number, parents, texts, lambda text: (_user(text),), listed=True)
+
+
+class MultiTurn:
+    """A `Kind`: chats in which the teacher answers, and then speaks for the user."""
+
+    rounds = 1
+    wordings: tuple[str, ...] = ("turn",)
+    remembers = False
+
+    def __init__(self, source: MultiTurnPrompts):
+        self._turns = source.turns
+        self.wave = min(_WAVE, source.count)
+        self._seeds = chosen(source.seeds, source.count)
+
+    def task(self, before: Sequence[Piece], number: int) -> Task:
+        """See `Kind.task`."""
+        piece = self._seeds[number % len(self._seeds)]
+        return self._answer(piece.messages, 1, number, piece.parents)
+
+    def _answer(self, chat: tuple[Message, ...], turn: int, number: int, parents: tuple[Parent, ...]) -> Task:
+        """The teacher's answer to a chat with so many of the user's turns."""
+
+        def then(text: str) -> Task:
+            return self._ask((*chat, Message(role="assistant", content=text)), turn + 1, number, parents)
+
+        return Task(chat, number, parents, (), lambda text: (*chat, _user(text)), then=then)
+
+    def _ask(self, chat: tuple[Message, ...], turn: int, number: int, parents: tuple[Parent, ...]) -> Task:
+        """The user's turn of this number. It must not say again what was said."""
+
+        def make(text: str) -> tuple[Message, ...]:
+            return (*chat, _user(text))
+
+        spoken = [message for message in chat if message.role in ("user", "assistant")]
+        likened = tuple(message.content for message in spoken if message.role == "user")
+        then = None if turn == self._turns else lambda text: self._answer(make(bare(text)), turn, number, parents)
+        return Task(told("turn", chat=spoken), number, parents, likened, make, then=then)
+
+
+def items(text: str) -> list[str]:
+    """The items of a numbered list, each to the next number that follows on or to an empty line; what stands before,
+    between and after them is left out.
+    """
+    found: list[list[str]] = []
+    last, within = None, False
+    for line in text.splitlines():
+        matched = _NUMBERED.match(line)
+        if matched and (last is None or int(matched[1]) == last + 1):
+            last, within = int(matched[1]), True
+            found.append([matched[2].strip()])
+        elif not line.strip():
+            within = False
+        elif within:
+            found[-1].append(line.strip())
+    return ["\n".join(lines).strip() for lines in found]
+
+
+def bare(text: str) -> str:
+    """Without the quotes that a model may put around all of it."""
+    text = text.strip()
+    if len(text) > 2 and text[0] + text[-1] in ('""', "“”") and not set(text[1:-1]) & set('"“”'):
+        return text[1:-1].strip()
+    return text
 
 
 def chosen(source: FilePrompts | DatasetPrompts, count: int) -> list[Piece]:

@@ -10,11 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from limbeck.collect.journal import Journal, held, journal_path
 from limbeck.collect.teachers import Parsed
 from limbeck.collect.written.author import Author
-from limbeck.collect.written.kinds import Kind, Piece, Task, make_kind
+from limbeck.collect.written.kinds import Kind, Piece, Task, bare, items, make_kind
 from limbeck.errors import InputError, Problem
 from limbeck.progress import Line
 from limbeck.recipe import Recipe
@@ -22,11 +23,10 @@ from limbeck.recipe.prompts import WrittenPrompts, rows_of
 from limbeck.records import Digest, Prompt, TeacherIdentity
 from limbeck.rundir import RunDir
 
-_WAVE = 64
-"""Candidates that are written together."""
 _TRIES = 20
 """Candidates for each prompt asked for, before giving up."""
 _WORD = re.compile(r"\w+")
+_NO_LIST = "no list"
 
 
 @dataclass
@@ -77,23 +77,23 @@ class _Keeping:
         for number in range(kind.rounds):
             goal = count * (number + 1) // kind.rounds
             start = len(self._written.prompts)
-            for task, said in _candidates(kind, author, before):
-                if len(self._written.prompts) >= goal:
-                    break
+            for candidate in _candidates(kind, author, before) if start < goal else ():
                 if left == 0:
                     raise self._too_few()
                 left -= 1
-                self._look(task, said)
-            before = self._written.prompts[start:] or before
+                self._look(candidate)
+                if len(self._written.prompts) >= goal:
+                    break  # before any more are written
+            before = self._written.prompts[0 if kind.remembers else start :] or before
 
-    def _look(self, task: Task, said: Parsed) -> None:
-        text = _bare(said.text)
+    def _look(self, candidate: _Candidate) -> None:
+        task, text, ended, tokens = candidate
         written = self._written
         written.candidates += 1
-        written.tokens += said.completion_tokens
+        written.tokens += tokens
         words = [word.casefold() for word in _WORD.findall(text)]
         messages = task.make(text)
-        if reason := self._why_not(task, said, words, Prompt.id_of(messages)):
+        if reason := self._why_not(task, ended, words, Prompt.id_of(messages)):
             written.dropped[reason] += 1
             return
         self._taken.add(" ".join(words))
@@ -101,9 +101,9 @@ class _Keeping:
         written.prompts.append(Piece(messages, task.parents))
         self._line.advance()
 
-    def _why_not(self, task: Task, said: Parsed, words: list[str], name: Digest) -> str | None:
-        if said.finish_reason != "stop":
-            return f"ended by {said.finish_reason}"
+    def _why_not(self, task: Task, ended: str, words: list[str], name: Digest) -> str | None:
+        if ended != "stop":
+            return ended if ended == _NO_LIST else f"ended by {ended}"
         if len(words) < self._source.min_words:
             return "short"
         if len(words) > self._source.max_words:
@@ -138,22 +138,58 @@ def alike(one: list[str], other: list[str], limit: float) -> bool:
     return Indel.normalized_similarity(one, other, score_cutoff=limit) > limit
 
 
-def _candidates(kind: Kind, author: Author, before: Sequence[Piece]) -> Iterator[tuple[Task, Parsed]]:
+class _Candidate(NamedTuple):
+    task: Task
+    text: str
+    ended: str
+    """Why its writing ended: `stop` where it is whole."""
+    tokens: int
+    """That were written for it, and for no other candidate."""
+
+
+def _candidates(kind: Kind, author: Author, before: Sequence[Piece]) -> Iterator[_Candidate]:
     number = 0
     while True:
-        tasks = [task for n in range(number, number + _WAVE) if (task := kind.task(before, n)) is not None]
+        tasks = [task for n in range(number, number + kind.wave) if (task := kind.task(before, n)) is not None]
         if not tasks:
             return
-        yield from zip(tasks, author.write(tasks), strict=True)
-        number += _WAVE
+        for task, said, tokens in _to_the_end(tasks, author):
+            yield from (
+                _listed(task, said) if task.listed else [_Candidate(task, bare(said.text), said.finish_reason, tokens)]
+            )
+        number += kind.wave
 
 
-def _bare(text: str) -> str:
-    """Without the quotes that a model may put around all of it."""
-    text = text.strip()
-    if len(text) > 2 and text[0] + text[-1] in ('""', "“”") and not set(text[1:-1]) & set('"“”'):
-        return text[1:-1].strip()
-    return text
+def _to_the_end(tasks: list[Task], author: Author) -> Iterator[tuple[Task, Parsed, int]]:
+    """Each task with what follows from it: the last one that was asked, its words, and the tokens of all."""
+    said = author.write(tasks)
+    tokens = [words.completion_tokens for words in said]
+    while True:
+        going = [
+            (n, then(text))
+            for n, words in enumerate(said)
+            if (then := tasks[n].then) and words.finish_reason == "stop" and (text := words.text.strip())
+        ]
+        if not going:
+            return zip(tasks, said, tokens, strict=True)
+        for (n, task), words in zip(going, author.write([task for _, task in going]), strict=True):
+            tasks[n], said[n] = task, words
+            tokens[n] += words.completion_tokens
+
+
+def _listed(task: Task, said: Parsed) -> Iterator[_Candidate]:
+    """The items of a list; one that was cut off lacks the end of its last."""
+    if said.finish_reason not in ("stop", "length"):
+        yield _Candidate(task, "", said.finish_reason, said.completion_tokens)
+        return
+    found = items(said.text)
+    if not found:
+        ended = _NO_LIST if said.finish_reason == "stop" else said.finish_reason
+        yield _Candidate(task, "", ended, said.completion_tokens)
+    for number, text in enumerate(found, 1):
+        ended = said.finish_reason if number == len(found) else "stop"
+        # A list is paid for once.
+        yield _Candidate(task, bare(text), ended, said.completion_tokens if number == 1 else 0)
 
 
 def _licence(source: WrittenPrompts, weights: str | None) -> str:
