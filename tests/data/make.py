@@ -1,6 +1,6 @@
 """Makes the fixture of a released version. Run with the code of the commit that the README beside this names:
 
-    LIMBECK_HOME=$(mktemp -d) PYTHONPATH=COMMIT:COMMIT/tests python make.py NAME FOLDER
+    LIMBECK_HOME=$(mktemp -d) PYTHONPATH=OLD:OLD/tests python make.py NAME FOLDER
 
 FOLDER gets NAME.tar.xz. Only what all those commits have is used; signing keys are made for this and thrown away.
 """
