@@ -1,4 +1,4 @@
-"""What earlier releases wrote is read, or refused, as the documents say; for ever. tests/data/README.md has the files."""
+"""What earlier releases wrote is read, or refused, as documented; for ever. tests/data/README.md has the files."""
 
 from __future__ import annotations
 
