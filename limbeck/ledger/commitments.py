@@ -25,6 +25,7 @@ from limbeck.records import Entry
 if TYPE_CHECKING:
     from limbeck.ledger.sealing import Row as LeafRow
 
+_LEAVES = "leaves of version 1 in entries of the stage seal, and in no other"
 _CHANGED = "somebody changed the ledger after it was written; compare with a copy kept elsewhere"
 _PART = 4096
 """Leaf hashes that are Python objects at a time."""
@@ -55,7 +56,7 @@ def check_tree(ledger: Ledger, rows: Sequence[Row], entries: Sequence[Entry]) ->
         known.sets = leaf_sets(entries)
     except LeavesFactError as error:
         where = f"ledger.db: entry {error.index}: facts: leaves"
-        known.problems.append(Problem(where, _short(error), "leaves of version 1", _CHANGED))
+        known.problems.append(Problem(where, _short(error), _LEAVES, _CHANGED))
     if known.problems or known.sets is None:
         return known
     known.size = ledger.tree.size
