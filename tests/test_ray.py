@@ -90,8 +90,8 @@ def test_the_cap_holds_over_the_workers(tmp_path: Path, local_ray):
             assert cost > cap * 10**12 - 2000 * 10**6  # no room for a request of 2,000 tokens
 
 
-def test_a_killed_run_is_gone_on_with_and_pays_for_nothing_twice(tmp_path: Path):
-    """The driver and its workers are killed with -9; the next run has no workers and merges what they left."""
+def test_a_killed_run_is_gone_on_with_and_pays_for_nothing_twice(tmp_path: Path, local_ray):
+    """The driver is killed with -9, and Ray ends its workers; the next run has none and merges what they left."""
     with Server(Settings(words=8, delay=0.05, idempotency=False)) as server:
         recipe = made(server.url, file_of(tmp_path, 300), teacher=PRICE, concurrency=8, **TWO)
         (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
@@ -99,7 +99,7 @@ def test_a_killed_run_is_gone_on_with_and_pays_for_nothing_twice(tmp_path: Path)
         places = os.pathsep.join([str(Path(__file__).parent), *sys.path])
         driver = subprocess.Popen(
             [sys.executable, "-c", code, str(tmp_path / "recipe.json"), str(tmp_path / "run")],
-            env={**os.environ, "PYTHONPATH": places, "RAY_AUTH_MODE": "disabled"},
+            env={**os.environ, "PYTHONPATH": places, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
         )
         while server.bill.received < 80:
             assert driver.poll() is None

@@ -65,7 +65,7 @@ def ask_endpoint(
     stretches = all_stretches(line) if workers is None else silently(all_stretches)  # shown already
     first = next(stretches, None)
     if first is None:  # neither a key nor a connection is needed
-        return before
+        return before._replace(stopped=None)
     asked = ask(teacher, chain([first], stretches), purpose(), line)
     return asked._replace(answers=asked.answers + before.answers, tokens=asked.tokens + before.tokens)
 
