@@ -178,9 +178,9 @@ def _pilot(
     recipe: Recipe, chosen: Sequence[Prompt], priced: dict[str, Prices | None], path: Path, progress: Progress
 ) -> dict[str, list[float]]:
     """Ask the prompts, and measure: by quantity, its sum over the requests of each prompt. Nobody waits a day for a
-    pilot: it is asked request by request, also where the rest goes in batches.
+    pilot: it is asked request by request, by this process, also where the rest goes in batches or to workers.
     """
-    shared = recipe.collect.model_copy(update={"journal": str(path), "unanswered": "stop", "batch": False})
+    shared = recipe.collect.model_copy(update={"journal": str(path), "unanswered": "stop", "batch": False, "ray": None})
     endpoints = tuple(teacher for teacher in recipe.teachers if teacher.kind not in NO_ENDPOINT)
     piloting = recipe.model_copy(update={"collect": shared, "teacher": endpoints})
     with tempfile.TemporaryDirectory() as place:

@@ -192,6 +192,9 @@ def _check_endpoints(recipe: Recipe, errors: list[InputError]) -> None:
         found, remedy = f"without {', '.join(missing)}", "pip install 'limbeck[collect]'"
         errors.append(InputError("packages are missing", [Problem("this Python", found, "what HTTP needs", remedy)]))
         return
+    if recipe.collect.ray is not None and find_spec("ray") is None:
+        problem = Problem("collect.ray", "this Python is without ray", "it", "pip install 'limbeck[ray]'")
+        errors.append(InputError("a package is missing", [problem]))
     from limbeck.collect.endpoints.prices import prices_of
 
     unknown = [t for t in endpoints if recipe.collect.budget.money is not None and prices_of(t) is None]

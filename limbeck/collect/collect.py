@@ -20,6 +20,7 @@ from typing_extensions import TypeIs
 
 from limbeck.collect.contents import Wanted, mismatch
 from limbeck.collect.journal import Journal, Journaled, held, journal_path
+from limbeck.collect.shards import merge_shards
 from limbeck.collect.teachers import Request, Teacher, Writing, make_teacher
 from limbeck.errors import PromptError
 from limbeck.progress import Line
@@ -75,6 +76,7 @@ def collect(recipe: Recipe, run: RunDir, *, account: Digest | None = None) -> di
     path, account = journal_path(recipe, run), account or recipe.account
     with held(path), Journal(path) as journal, _rarely_collected():
         journal.close_open()
+        merge_shards(journal)
         with run.progress.line("collect", total, "answers") as line:
             spent = _ask_all(teachers, recipe, run, journal, line, account)
         totals = _Totals(_account(teachers, recipe))
@@ -152,7 +154,11 @@ def _ask_endpoint(
     def stretches(shown: Line) -> Iterator[list[Request]]:
         return _open_stretches(teacher, recipe, run, journal, shown, _STRETCH_SENT)
 
-    return _Spent(*ask_endpoint(teacher, stretches, recipe, journal, line, account=account, offline=run.offline))
+    workers = recipe.collect.ray
+    asked = ask_endpoint(
+        teacher, stretches, recipe, journal, line, account=account, offline=run.offline, workers=workers
+    )
+    return _Spent(*asked)
 
 
 def _account(teachers: Sequence[Writing | Endpoint], recipe: Recipe) -> Account | None:

@@ -107,6 +107,13 @@ _FILE_OR_OBJECT: dict[str, JsonValue] = {"anyOf": [{"type": "object"}, {"type": 
 """What editors are told: a file's name is allowed where a recipe is read, and is gone once it is resolved."""
 
 
+class RayWorkers(Part):
+    """How the work is spread over a Ray cluster: the one at `RAY_ADDRESS`, or one that is started on this machine."""
+
+    workers: Annotated[int, Field(gt=0, le=4096), WHOLE]
+    """Processes that ask, each with an equal share of the concurrency, of the money and of the teacher's rates."""
+
+
 class Collect(Part):
     """How the teacher is asked."""
 
@@ -139,6 +146,8 @@ class Collect(Part):
     batch: StrictBool | Batch = False
     """Ask endpoints through their provider's batch API (OpenAI's and Anthropic's have one); `true`, or with settings. A
     local teacher is asked as ever."""
+    ray: RayWorkers | None = None
+    """Workers on Ray that ask endpoints (needs the extra `ray`); the answers are those that one process would get."""
 
     @property
     def batched(self) -> Batch | None:
@@ -158,6 +167,20 @@ def asking_problems(
         found, expected = f"asked of {', '.join(others)}", f"teachers of kind {' or '.join(able)}"
         remedy = "leave the key out, or those teachers; a local teacher is better asked with signal: {kind: sampled}"
         problems.append(Problem(f"collect.{key}", found, expected, remedy))
+    return problems
+
+
+def ray_problems(teachers: tuple[LocalTeacher | EndpointTeacher | FileTeacher, ...], collect: Collect) -> list[Problem]:
+    """What does not go with workers on Ray."""
+    if collect.ray is None:
+        return []
+    problems = []
+    if others := [t.name for t in teachers if t.kind in NO_ENDPOINT]:
+        found, expected = f"workers for {', '.join(others)}", "teachers behind endpoints only"
+        problems.append(Problem("collect.ray", found, expected, "leave collect.ray out, or those teachers"))
+    if collect.batched is not None:
+        found, expected = "beside collect.batch", "one of the two: a provider's batch needs no workers"
+        problems.append(Problem("collect.ray", found, expected, "leave one of them out"))
     return problems
 
 
@@ -282,7 +305,7 @@ class Recipe(Part):
         stays spent.
         """
         values = self.model_dump(mode="json")
-        for key in ("batch", "budget", "concurrency", "journal", "unanswered"):
+        for key in ("batch", "budget", "concurrency", "journal", "ray", "unanswered"):
             del values["collect"][key]
         return digest_json(values)
 
@@ -322,7 +345,7 @@ class Recipe(Part):
         if self.collect.batched is not None and all(isinstance(teacher, LocalTeacher) for teacher in self.teachers):
             remedy = "remove it; collect.concurrency says how many answers a local teacher writes at a time"
             problems.append(Problem("collect.batch", "only local teachers", "a teacher behind an endpoint", remedy))
-        problems += asking_problems(self.teachers, self.collect)
+        problems += asking_problems(self.teachers, self.collect) + ray_problems(self.teachers, self.collect)
         if self.train.accumulate > self.train.batch_size:
             problems.append(
                 Problem(

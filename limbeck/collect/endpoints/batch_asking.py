@@ -81,11 +81,12 @@ def _rounds(stretches: Stretches, line: Line) -> Callable[[], Iterator[Sequence[
     def next_round() -> Iterator[Sequence[Request]]:
         if shown:
             return stretches(shown.pop())
-        return _silently(stretches)
+        return silently(stretches)
 
     return next_round
 
 
-def _silently(stretches: Stretches) -> Iterator[Sequence[Request]]:
+def silently(stretches: Stretches) -> Iterator[Sequence[Request]]:
+    """What is lacking now, without a word about what was there already."""
     with Progress.silent().line("", None, "") as line:
         yield from stretches(line)

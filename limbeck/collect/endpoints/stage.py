@@ -10,14 +10,14 @@ from itertools import chain
 
 from limbeck.collect.endpoints.account import Account
 from limbeck.collect.endpoints.asking import Asked, Purpose, ask
-from limbeck.collect.endpoints.batch_asking import Stretches, ask_in_batches
+from limbeck.collect.endpoints.batch_asking import Stretches, ask_in_batches, silently
 from limbeck.collect.endpoints.budget import Budget
 from limbeck.collect.endpoints.prices import batch_prices_of, picodollars, prices_of
 from limbeck.collect.endpoints.teacher import Endpoint
 from limbeck.collect.journal import Journal
-from limbeck.errors import EndpointError, Problem
+from limbeck.errors import EndpointError, Problem, RefusedError
 from limbeck.progress import Line
-from limbeck.recipe import Batch, Recipe
+from limbeck.recipe import Batch, RayWorkers, Recipe
 from limbeck.records import Digest
 
 
@@ -30,11 +30,13 @@ def ask_endpoint(
     *,
     account: Digest,
     offline: bool,
+    workers: RayWorkers | None = None,
 ) -> Asked:
     """Have an endpoint answer what the journal lacks; offline, only say how much that is.
 
     `all_stretches` gives what is lacking then, anew with each call. Batches of earlier runs are taken up first, so that
-    nothing is asked for a second time while a provider works on it.
+    nothing is asked for a second time while a provider works on it. With `workers` they ask first, and what their
+    shares of the money did not suffice for is asked here.
     """
     if offline:
         lacking = sum(len(stretch) for stretch in all_stretches(line))
@@ -53,10 +55,17 @@ def ask_endpoint(
     before = ask_in_batches(teacher, None, Batch(), purpose(), line)
     if before.stopped is not None:
         return before
-    stretches = all_stretches(line)
+    if workers is not None:
+        from limbeck.collect.endpoints.ray_workers import ask_with_ray
+
+        shared = ask_with_ray(teacher, all_stretches(line), workers, recipe, purpose(), journal, line)
+        before = shared._replace(answers=shared.answers + before.answers, tokens=shared.tokens + before.tokens)
+        if not isinstance(before.stopped, RefusedError):
+            return before
+    stretches = all_stretches(line) if workers is None else silently(all_stretches)  # shown already
     first = next(stretches, None)
     if first is None:  # neither a key nor a connection is needed
-        return before
+        return before._replace(stopped=None)
     asked = ask(teacher, chain([first], stretches), purpose(), line)
     return asked._replace(answers=asked.answers + before.answers, tokens=asked.tokens + before.tokens)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from limbeck.collect.journal import Journal, held, journal_path
+from limbeck.collect.shards import merge_shards
 from limbeck.collect.teachers import Parsed
 from limbeck.collect.written.author import Author
 from limbeck.collect.written.kinds import Kind, Piece, Task, bare, items, make_kind
@@ -53,6 +54,7 @@ def write_source(recipe: Recipe, source: WrittenPrompts, known: Collection[Diges
     path = journal_path(recipe, run)
     with held(path), Journal(path) as journal, run.progress.line("prompts", source.count, "prompts") as line:
         journal.close_open()
+        merge_shards(journal)
         author = Author(source, recipe, run, journal, line)
         written = Written(author.identity, _licence(source, author.licence))
         _Keeping(source, known, written, line).fill(kind, author)
