@@ -13,8 +13,9 @@ help: ## list the targets
 quickstart: .venv/train ## install, then distil the default teacher into runs/quickstart (run again to resume)
 	.venv/bin/limbeck run recipes/quickstart.yaml --out runs/quickstart
 
+# Two processes of one thread each: most tests are too small for torch to share their work among threads.
 test: lint ## install, then check style and types and run all tests
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
 lint: .venv/dev ## check style and types
 	.venv/bin/ruff check .
