@@ -37,6 +37,10 @@ _EXPECTED = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
+    "date_type": "a date such as 2026-01-31",
+    "date_parsing": "a date such as 2026-01-31",
+    "date_from_datetime_parsing": "a date such as 2026-01-31",
+    "date_from_datetime_inexact": "a date such as 2026-01-31, without a time",
     "greater_than": "more than {gt}",
     "greater_than_equal": "{ge} or more",
     "less_than": "less than {lt}",
@@ -65,13 +69,23 @@ def problems(errors: Sequence[ErrorDetails], data: Mapping[Any, Any], where: Cal
     for keys, error in places:
         if error["type"] == "parts_disagree":
             listed = error.get("ctx", {})["problems"]
-            found += [problem._replace(where=where(tuple(problem.where.split(".")))) for problem in listed]
+            found += [problem._replace(where=where(_whole(keys, problem.where))) for problem in listed]
         elif keys and keys[:-1] in wrong and keys[-1] != "kind":
             continue
         # Pydantic also calls a list too short if none of its entries is right.
         elif error["type"] != "too_short" or not error["input"]:
             found.append(_problem(keys, error, data, where(keys)))
     return found
+
+
+def _whole(keys: Keys, told: str) -> Keys:
+    """The place that a part of the recipe tells of itself, from the top: parts tell it from the top, or, where they
+    stand in several places, from themselves or the part around them.
+    """
+    inner = tuple(told.split("."))
+    if not keys or inner[0] == keys[0]:
+        return inner
+    return (*keys[:-1], *inner) if inner[0] == keys[-1] else (*keys, *inner)
 
 
 def _problem(keys: Keys, error: ErrorDetails, data: Mapping[Any, Any], where: str) -> Problem:

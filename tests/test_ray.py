@@ -119,7 +119,8 @@ def test_a_killed_run_is_gone_on_with_and_pays_for_nothing_twice(tmp_path: Path,
         billed = Counter(charge.digest for charge in server.bill.charges)
         assert set(billed) == set(journaled(tmp_path / "run"))
         killed = outcomes["killed"].requests if "killed" in outcomes else 0
-        assert 0 <= server.bill.requests - 300 <= killed <= 8
+        # Eight under way, and as many again that were written down to be sent next.
+        assert 0 <= server.bill.requests - 300 <= killed <= 16
         spent = sum((charge.dollars for charge in server.bill.charges), Decimal(0))
         assert sum(one.cost for one in outcomes.values()) >= spent * 10**12
 

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import limbeck
@@ -25,7 +27,7 @@ from limbeck.render.examples import read_examples
 from limbeck.rundir import RunDir
 from limbeck.signal.store import SignalStore
 from limbeck.train.schedule import cut, make_schedule
-from limbeck.train.stage import train
+from limbeck.train.stage import _narrowed, train
 from limbeck.train.trainer import last_checkpoint
 
 
@@ -144,7 +146,7 @@ def test_the_student_learns(tiny_run, tmp_path):
 KILLED = """
 import sys, limbeck
 from limbeck.rundir import RunDir
-from limbeck.train.stage import train
+from limbeck.train.stage import _narrowed, train
 run = RunDir(sys.argv[1])
 train(run.recipe(), run)
 """
@@ -204,3 +206,14 @@ def test_the_student_loads_as_any_model_does(tiny_run, tmp_path):
     assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
     assert model.config.num_hidden_layers == 2
     assert limbeck.__version__
+
+
+def test_a_tied_head_is_written_once(tmp_path):
+    """The saved student holds one tensor for embeddings and head, as the model that it began as."""
+    model = tiny.llama(64)
+    model.save_pretrained(tmp_path / "tied", state_dict=_narrowed(model.state_dict(), torch.bfloat16))
+    with safe_open(tmp_path / "tied" / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118  not a dictionary
+    again = type(model).from_pretrained(tmp_path / "tied")
+    assert again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()
+    torch.testing.assert_close(again.lm_head.weight.float(), model.lm_head.weight, rtol=2**-8, atol=0)

@@ -172,9 +172,12 @@ def _money_rows(result: Standing) -> list[tuple[str, ...]]:
     waste = money.get("waste") if isinstance(money, dict) else None
     if not isinstance(money, dict) or not isinstance(waste, dict):
         return []
-    rows = [("money", "requests or answers", "US dollars at most"), ("spent", "", _dollars(money.get("spent_dollars")))]
+    prices = money.get("prices")
+    known = isinstance(prices, dict) and "unknown" not in prices.values()
+    spent = _dollars(money.get("spent_dollars") if known else None)
+    rows = [("money", "requests or answers", "US dollars at most"), ("spent", "", spent)]
     rows += [
-        (f"wasted: {kind}", str(told.get("count")), _dollars(told.get("dollars_at_most")))
+        (f"wasted: {kind}", str(told.get("count")), _dollars(told.get("dollars_at_most") if known else None))
         for kind, told in waste.items()
         if isinstance(told, dict)
     ]

@@ -104,6 +104,7 @@ class Places:
         self._data = bytearray()
         self._hint = 0
         self._sorted: tuple[np.ndarray, np.ndarray] | None = None
+        self._exact = False
 
     def __len__(self) -> int:
         return len(self._data) // 32
@@ -116,12 +117,18 @@ class Places:
         self._data += digest
         self._sorted = None
 
+    def settle(self) -> None:
+        """From now on a digest that is there twice has the first of its places, whatever was asked before."""
+        self._exact = self.twice()
+
     def get(self, digest: bytes) -> int:
         """The place of a digest, -1 where it is not there. Questions in the order of the places cost next to nothing:
         children stand in the order of their parents.
         """
         if len(digest) != 32:
             return -1
+        if self._exact:
+            return self._search(digest)
         data, at = self._data, 32 * self._hint
         for start in range(at, min(at + 32 * _AHEAD, len(data)), 32):
             if data[start : start + 32] == digest:

@@ -104,6 +104,7 @@ def _each_prompt(path: Path, known: _Known) -> Iterator[Problem]:
         before.add(key)
         found.places.append(key)
         found.held_out.append(prompt.split == Split.HELD_OUT)
+    found.places.settle()
     known.prompts = found
 
 

@@ -295,14 +295,16 @@ class Forecast(NamedTuple):
 
 
 def forecast(evidence: Evidence) -> dict[str, Forecast]:
-    """By distribution, with purpose and money as declared; waivers are for one use and are left out. Empty where
-    no gate was asked.
+    """By distribution, with purpose and money as declared. What the gate ruled stands at the declared one; waivers are
+    for that use, and are left out of the others. Empty where no gate was asked.
     """
     found: dict[str, Forecast] = {}
     for name in _DISTRIBUTIONS if evidence.rulings else ():
         use = Use.model_validate(evidence.recipe.use.model_dump() | {"distribution": name})
         ruled = evidence.rulings.rulings if evidence.rulings else ()
         whole = strictest(rule_route(one.terms, use, one.day, one.route) for one in ruled)
+        if evidence.rulings and name == evidence.recipe.use.distribution:
+            whole = evidence.rulings.whole
         told = tuple(f"{o.kind}: {o.value}" for o in whole.obligations)
         found[name] = Forecast(whole.verdict.value, whole.clause, told)
     return found
@@ -312,7 +314,14 @@ def timeline(evidence: Evidence) -> list[Event]:
     """Every entry of the ledger, first to last."""
     latest = {digest for _, digest in evidence.latest}
     return [
-        Event(entry, digest, seconds(entry), digest in latest, summary(entry.facts), _pretty(entry.facts))
+        Event(
+            entry,
+            digest,
+            seconds(entry),
+            digest in latest or not entry.outputs,
+            summary(entry.facts),
+            _pretty(entry.facts),
+        )
         for entry, digest in zip(evidence.entries, evidence.digests, strict=True)
     ]
 

@@ -268,11 +268,22 @@ def _save_student(
             weights = model.state_dict()
         model.config.use_cache = True
         model.config.dtype = dtype
-        narrow = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
-        model.save_pretrained(half, state_dict=narrow)
+        model.save_pretrained(half, state_dict=_narrowed(weights, dtype))
         tokenizer.save_pretrained(half)
         if told := notice(ruled.rulings if (ruled := rulings_of(run.root)) else ()):
             (half / NOTICE).write_text(told, encoding="utf-8")
+
+
+def _narrowed(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights in `dtype`. Those that are one tensor under two names, such as a tied head, stay one, so that they
+    are written once.
+    """
+    made: dict[tuple, torch.Tensor] = {}
+    found = {}
+    for name, weight in weights.items():
+        same = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
+        found[name] = made.setdefault(same, weight.to(dtype) if weight.is_floating_point() else weight)
+    return found
 
 
 def _record(
