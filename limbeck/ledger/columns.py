@@ -221,6 +221,24 @@ _LATER = frozenset({"batch", "tools", "tool_calls", "json_schema", "mismatch", "
 _MAY_BE_MISSING = frozenset({"reasoning", "weights", "writer"}) | _LATER
 
 
+class Rows:
+    """Rows of tables that come in pieces, as many at a time as are asked for."""
+
+    def __init__(self, pieces: Iterator[pa.Table]):
+        self._pieces, self._left = pieces, None
+
+    def take(self, count: int) -> pa.Table:
+        """The next so many; fewer at the end. Raises what the pieces raise."""
+        parts: list[pa.Table] = [] if self._left is None else [self._left]
+        while sum(part.num_rows for part in parts) < count and (piece := next(self._pieces, None)) is not None:
+            parts.append(piece)
+        if not parts:
+            return pa.table({})
+        whole = pa.concat_tables(parts)
+        self._left = whole.slice(count) if whole.num_rows > count else None
+        return whole.slice(0, count)
+
+
 def as_bytes(column: pa.ListArray, kind: str) -> Iterator[bytes]:
     """Each list of a column as the bytes of an array. No list is made of Python's numbers: rows have hundreds."""
     if column.null_count or column.values.null_count:
