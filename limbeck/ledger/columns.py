@@ -75,11 +75,11 @@ def completion_digest(text: str, reasoning: str | None, finish_reason: str, call
     )
 
 
-def completion_id(prompt: str, sample: int, teacher: str, text: str, reasoning: str | None, finish_reason: str) -> str:
-    """`Completion.id`."""
+def completion_key(prompt: str, sample: int, teacher: str, text: str, reasoning: str | None, finish: str) -> bytes:
+    """The bytes of `Completion.id`."""
     thought = "null" if reasoning is None else quoted(reasoning)
-    said = f"{quoted(text)},{thought},{quoted(finish_reason)}"
-    return digest_text(f"[{quoted(prompt)},{sample},{quoted(teacher)},{said}]")
+    said = f"{quoted(text)},{thought},{quoted(finish)}"
+    return sha256(f"[{quoted(prompt)},{sample},{quoted(teacher)},{said}]".encode()).digest()
 
 
 def example_id(completion: str, tokens: bytes, mask: bytes) -> str:
@@ -130,11 +130,11 @@ class Places:
         if self._exact:
             return self._search(digest)
         data, at = self._data, 32 * self._hint
-        for start in range(at, min(at + 32 * _AHEAD, len(data)), 32):
-            if data[start : start + 32] == digest:
-                self._hint = start // 32
-                return self._hint
-        return self._search(digest)
+        found = data.find(digest, at, at + 32 * _AHEAD)
+        if found < 0 or found % 32:
+            return self._search(digest)
+        self._hint = found // 32
+        return self._hint
 
     def _search(self, digest: bytes) -> int:
         order, heads = self._index()
