@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from pydantic_core import from_json
 
 MALFORMED = "malformed"
-Object = dict[str, JsonValue]
+Object = Mapping[str, JsonValue]
 
 
 class Call(NamedTuple):
@@ -75,7 +75,9 @@ _PLAIN = {"role", "content"}
 def read_exchange(request: bytes, raw: bytes) -> Exchange | None:
     """None for a form that is not known here, and for a request that cannot be read."""
     asked = read_json(request)
-    form = asked.get("form") if type(asked) is dict else None
+    if not isinstance(asked, dict):
+        return None
+    form = asked.get("form")
     reader = _FORMS.get(form) if type(form) is str else None
     return reader(asked, raw) if reader else None
 
@@ -153,7 +155,7 @@ def _unwrapped(raw: bytes) -> tuple[str | None, Object | None]:
         else:
             response = _object(line.get("response"))
             found = response.get("body") if response else {"error": line.get("error")}
-    return name, found if type(found) is dict else None
+    return name, found if isinstance(found, dict) else None
 
 
 def _chat_messages(body: Object) -> JsonValue:
@@ -313,7 +315,7 @@ def _call(id_: JsonValue, name: JsonValue, arguments: JsonValue) -> list[Call]:
     return [Call(name, {} if arguments is None else arguments, id_ if type(id_) is str else None)]
 
 
-def _object(value: JsonValue) -> Mapping[str, JsonValue]:
+def _object(value: JsonValue) -> Object:
     return value if type(value) is dict else {}
 
 

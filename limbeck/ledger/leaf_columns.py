@@ -4,10 +4,10 @@ by one, in half of the time. That both ways agree is a law of the tests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from json.encoder import encode_basestring as quoted
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from limbeck.ledger.canonical import canonical
 from limbeck.ledger.columns import completion_digest
@@ -60,13 +60,11 @@ def leaf_columns(recipe: Recipe, run: Path) -> Iterator[EncodedColumns]:
 
     Raises `StaleError` where records do not belong together, and what readers raise for damaged bytes.
     """
-    shared = _Shared(
-        _Known(canonical),
-        _Known(lambda micros: canonical(iso_micros(micros))),
-        _Known(lambda sample: canonical(sampling_of(recipe, sample))),
-        _Known(lambda who: canonical(writers_of(*who))),
-        _Known(_share),
-    )
+
+    def sampling(sample: int) -> bytes:
+        return canonical(sampling_of(recipe, sample))
+
+    shared = _Shared(_Known(canonical), _Known(_time), _Known(sampling), _Known(_writers), _Known(_share))
     authors, answers, place = prompt_writers(run), answers_of(run), 0
     for examples in _groups(examples_of(run / "examples" / "examples.parquet")):
         told: list[Answer] = []
@@ -93,34 +91,42 @@ def _groups(examples: Iterator[Example]) -> Iterator[list[Example]]:
 
 
 def _encoded(examples: list[Example], told: list[Answer], authors: dict[str, str], shared: _Shared) -> EncodedColumns:
-    ids, parents, splits, teachers, tokens = zip(*examples, strict=True)
-    answers = Answer(*zip(*told, strict=True))  # pyright: ignore[reportArgumentType]
-    said = map(completion_digest, answers.text, answers.reasoning, answers.finish_reason, answers.tool_calls)
-    count, known = len(examples), shared.values.__getitem__
-    written = zip(answers.model, map(authors.get, answers.prompt_id), strict=True)
+    ids, parents, splits, teachers, tokens = (list(column) for column in zip(*examples, strict=True))
+    column: dict[str, list[Any]] = dict(zip(Answer._fields, map(list, zip(*told, strict=True)), strict=True))
+    said = map(completion_digest, *(column[name] for name in ("text", "reasoning", "finish_reason", "tool_calls")))
+    known = shared.values.__getitem__
+    written = zip(column["model"], map(authors.get, column["prompt_id"]), strict=True)
     fields = (
         _quoted(said),
-        list(map(shared.times.__getitem__, answers.created)),
+        list(map(shared.times.__getitem__, column["created"])),
         _quoted(ids),
-        [canonical(NOT_ASKED)] * count,
-        list(map(known, answers.model)),
+        [canonical(NOT_ASKED)] * len(examples),
+        list(map(known, column["model"])),
         [f"[{quoted(parent)}]".encode() for parent in parents],
-        _quoted(answers.prompt_id),
-        list(map(known, answers.provider)),
-        _quoted(answers.request_id),
-        _quoted(answers.response),
-        list(map(known, answers.route)),
-        list(map(shared.samplings.__getitem__, answers.sample)),
-        list(map(known, answers.teacher)),
-        list(map(known, answers.terms)),
-        list(map(known, answers.weights)),
+        _quoted(column["prompt_id"]),
+        list(map(known, column["provider"])),
+        _quoted(column["request_id"]),
+        _quoted(column["response"]),
+        list(map(known, column["route"])),
+        list(map(shared.samplings.__getitem__, column["sample"])),
+        list(map(known, column["teacher"])),
+        list(map(known, column["terms"])),
+        list(map(known, column["weights"])),
         list(map(shared.writers.__getitem__, written)),
     )
     return EncodedColumns(fields, list(map(shared.shares.__getitem__, zip(teachers, splits, tokens, strict=True))))
 
 
-def _quoted(values: Sequence[str] | Iterator[str]) -> list[bytes]:
+def _quoted(values: Iterable[str]) -> list[bytes]:
     return list(map(str.encode, map(quoted, values)))
+
+
+def _time(micros: int) -> bytes:
+    return canonical(iso_micros(micros))
+
+
+def _writers(who: tuple[str, str | None]) -> bytes:
+    return canonical(writers_of(*who))
 
 
 def _share(counted: tuple[str, str, int]) -> bytes:
