@@ -19,7 +19,7 @@ from limbeck.records import Completion, Message, Prompt, Verdict
 
 RECIPE = Recipe.model_validate(
     {
-        "name": "asked",
+        "name": "tiny",
         "teacher": [
             {"kind": "openai", "model": "chat-1", "terms": "own-model"},
             {"kind": "openai", "api": "responses", "model": "responses-1", "terms": "own-model"},
