@@ -59,7 +59,7 @@ def _meaning(field: object, value: object) -> str:
         return ""
     return (
         "no example says what the terms gate decided, since it rules on the whole set after that was sealed: its "
-        "decision stands in the ledger's next entry of the stage gate (`limbeck ledger log RUN`), bound to this set's root"
+        "decision stands in the next entry of the stage gate (`limbeck ledger log RUN`), bound to this set's root"
     )
 
 

@@ -247,13 +247,7 @@ DISCLOSURES = [
     Fault("no path", D, edit(D, lambda d: d.update(path="")), "path"),
     Fault("a path of 10,000 digests", D, edit(D, huge_path), "path"),
     Fault("a leaf taken for a node", D, edit(D, leaf_as_node), "path", first="an inclusion path that is too short"),
-    Fault(
-        "the checkpoint of another log",
-        D,
-        others(D, "checkpoint"),
-        "path: root",
-        first="the path leads to root",
-    ),
+    Fault("the checkpoint of another log", D, others(D, "checkpoint"), "path: root", first="the path leads to root"),
     Fault("the path of another log", D, others(D, "path"), "path: root", first="the path leads to root"),
     Fault(
         "no examples under the checkpoint",
@@ -312,13 +306,7 @@ SHARES = [
     Fault("a leaf moved over the examples", S, edit(S, lambda d: d["after"].append(d["before"].pop())), "before"),
     Fault("two leaves before swapped", S, edit(S, lambda d: swap(d["before"], 0, 1)), "root over"),
     Fault("a leaf of 31 bytes", S, edit(S, lambda d: d["before"].__setitem__(0, d["before"][0][:40])), "before"),
-    Fault(
-        "the checkpoint of another log",
-        S,
-        others(S, "checkpoint"),
-        "root over",
-        first="the rows make root",
-    ),
+    Fault("the checkpoint of another log", S, others(S, "checkpoint"), "root over", first="the rows make root"),
 ]
 
 SPOT_CHECKS = [
@@ -379,18 +367,10 @@ CONSISTENCIES = [
     Fault("a digest too many", C, edit(C, lambda d: decoded(d, "path", lambda b: b + bytes(32))), "path"),
     Fault("two digests exchanged", C, edit(C, lambda d: swap_pieces(d, "path", 32)), "path"),
     Fault(
-        "an old checkpoint of another log",
-        C,
-        others(C, "old"),
-        "path: root of the old one",
-        first="does not continue",
+        "an old checkpoint of another log", C, others(C, "old"), "path: root of the old one", first="does not continue"
     ),
     Fault(
-        "a new checkpoint of another log",
-        C,
-        others(C, "new"),
-        "path: root of the new one",
-        first="does not continue",
+        "a new checkpoint of another log", C, others(C, "new"), "path: root of the new one", first="does not continue"
     ),
     Fault("the path of another log", C, others(C, "path"), "path", first="does not continue"),
     Fault("a size as large as can be", C, signed_anew(C, lambda s: s["predicate"].update(size=2**53 - 1)), "root"),
