@@ -34,15 +34,15 @@ digests = sha256, sha384, sha512
 class Authority:
     """Keys, certificates, and stamps."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, days: int = 3650):
         self.folder = folder
         folder.mkdir()
         (folder / "settings").write_text(_SETTINGS, encoding="utf-8")
         (folder / "serial").write_text("01", encoding="utf-8")
         new = ("-newkey", "rsa:2048", "-nodes", "-config", "settings")
-        self._call("req", "-x509", *new, "-keyout", "ca.key", "-out", "ca.pem", "-extensions", "ca", "-days", "3650")
+        self._call("req", "-x509", *new, "-keyout", "ca.key", "-out", "ca.pem", "-extensions", "ca", "-days", str(days))
         self._call("req", *new, "-keyout", "tsa.key", "-out", "tsa.csr", "-subj", "/CN=stamps")
-        signed_by = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "3650")
+        signed_by = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", str(days))
         made = ("-in", "tsa.csr", "-out", "tsa.pem", "-extfile", "settings", "-extensions", "tsa")
         self._call("x509", "-req", *made, *signed_by)
         self.root = folder / "ca.pem"

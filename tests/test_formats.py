@@ -24,8 +24,10 @@ from limbeck.collect.teachers import Request
 from limbeck.errors import InputError, StaleError
 from limbeck.ledger.layout import FORMAT
 from limbeck.ledger.store import Ledger
+from limbeck.records import Completion
 from limbeck.signal.manifest import VERSION
 from limbeck.signal.store import SignalStore
+from limbeck.tables import read_records, write_records
 
 DATA = ROOT / "tests" / "data"
 NAMES = sorted(path.name.removesuffix(".tar.xz") for path in DATA.glob("*.tar.xz"))
@@ -174,6 +176,59 @@ def test_documents_hold_and_not_with_one_bit_flipped(name, form, unpacked, tmp_p
     if form != "checkpoint":
         assert call("ledger", "check", *words).exit_code in (1, 2)
     assert second.main([*map(str, [path, *share])]) in (1, 2)
+
+
+@pytest.mark.parametrize("kind", ["text", "hidden"])
+def test_signals_that_are_not_stored_are_read_and_their_manifest_is_verified(kind, unpacked, tmp_path, capsys):
+    run = copied(unpacked[f"ledger-2-{kind}"] / "run", tmp_path)
+    store = SignalStore.open(run / "signals")
+    counts = store.manifest.counts
+    assert (store.manifest.key.kind, counts.examples, counts.positions) == (kind, 3, 12)
+    flip(run / "signals" / "manifest.json", b'"positions"')
+    first, code, said = verify_both(run, capsys)
+    assert (first, code) == (1, 1)
+    assert "signals" in said
+    with pytest.raises(StaleError):
+        SignalStore.open(run / "signals")
+
+
+def test_a_time_stamp_of_an_earlier_release_still_anchors(unpacked, tmp_path, capsys):
+    folder = copied(unpacked["ledger-2-stamped"], tmp_path)
+    run, authority = folder / "run", folder / "authority.pem"
+    held = call("ledger", "verify", run, "--authority", authority)
+    assert held.exit_code == 0, held.output
+    assert "anchored: the checkpoint of entry" in held.output
+    assert "unanchored" not in held.output
+    (stamp,) = [body for body in bodies(run) if json.loads(body)["stage"] == "timestamp"]
+    told = json.loads(stamp)["facts"]
+    (key,) = [key for key, value in told.items() if isinstance(value, str) and len(value) > 1000]
+    flip(run / "ledger.db", told[key].encode()[:400])
+    first, code, said = verify_both(run, capsys)
+    assert first == 1, said
+    assert code == 1, said
+
+
+def test_answers_of_endpoints_of_an_earlier_release_are_still_read(unpacked, tmp_path, capsys):
+    """Each API alone and in a batch; and nothing of them is left unread."""
+    run = copied(unpacked["ledger-2-endpoints"] / "run", tmp_path)
+    with closing(sqlite3.connect(run / "journal.db")) as db:
+        keys = [key for (key,) in db.execute("SELECT key FROM answers")]
+    with Journal(run / "journal.db") as journal:
+        found = [
+            (json.loads(one.request)["form"], one.raw[:7] == b"\x1ebatch ") for one in journal.get_all(keys).values()
+        ]
+    forms = ("openai-chat/1", "openai-responses/1", "anthropic-messages/1")
+    assert {*found} == {(form, batch) for form in forms for batch in (False, True)}
+    first, code, said = verify_both(run, capsys)
+    assert (first, code) == (0, 0)
+    assert "only their digest" not in said
+    rows = [*read_records(run / "completions.parquet", Completion)]
+    write_records(
+        run / "completions.parquet", [one.model_copy(update={"prompt_tokens": 7_000}) for one in rows], Completion
+    )
+    said = verify_both(run, capsys)[2]
+    for row in range(len(rows)):
+        assert f"completions.parquet: row {row}: prompt_tokens answered" in said
 
 
 # ---------------------------------------------------------------- journals

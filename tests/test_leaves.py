@@ -8,15 +8,18 @@ import json
 import sqlite3
 from contextlib import closing
 
+import pyarrow.parquet as pq
 import pytest
 import rfc8785
+import runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from limbeck.errors import StaleError
+from limbeck.ledger import leaf_columns
 from limbeck.ledger.layout import TREE
 from limbeck.ledger.merkle.fields import (
     FIELDS,
-    Encoder,
     Leaf,
     Share,
     commit,
@@ -25,9 +28,14 @@ from limbeck.ledger.merkle.fields import (
     fields_path,
     fields_root_from_path,
 )
+from limbeck.ledger.merkle.hashing import EncodedColumns, commit_hashes
 from limbeck.ledger.merkle.salts import Salts, expand
 from limbeck.ledger.merkle.stored import StoredTree
 from limbeck.ledger.merkle.tree import consistent, leaf_hash, root, root_from_path
+from limbeck.ledger.sealing import leaves
+from limbeck.records import Prompt
+from limbeck.rundir import RunDir
+from limbeck.tables import read_records, write_records
 
 # Salts
 
@@ -193,11 +201,54 @@ def test_damage_to_the_stored_tree_is_found(statement, where):
 @given(teacher=st.text(st.characters(exclude_categories=("Cs",))), tokens=st.integers(0, 2**53 - 1))
 def test_a_leafs_bytes_are_canonical_json(teacher, tokens):
     leaf = LEAF._replace(share=Share.model_validate({"class": teacher, "split": "train", "tokens": tokens}))
-    encoder = Encoder()
-    for _ in range(2):  # the second time from memory
-        told = encoder.encode(leaf)
-        assert told.fields == tuple(map(rfc8785.dumps, leaf.fields))
-        assert told.share == rfc8785.dumps(leaf.share.value())
-        assert told.text().encode() == rfc8785.dumps(leaf.values)
-    other = leaf._replace(fields=tuple({"x": i} for i in range(16)))
-    assert encoder.encode(other).fields == tuple(map(rfc8785.dumps, other.fields))
+    told = encode(leaf)
+    assert told.fields == tuple(map(rfc8785.dumps, leaf.fields))
+    assert told.share == rfc8785.dumps(leaf.share.value())
+    assert told.text().encode() == rfc8785.dumps(leaf.values)
+
+
+SALTS = Salts.of(b"secret", b"nonce")
+VALUES = st.one_of(st.text(st.characters(exclude_categories=("Cs",))), st.none(), st.integers(0, 9))
+
+
+@settings(max_examples=40)
+@given(rows=st.lists(st.tuples(*[VALUES] * 16, st.integers(0, 99)), max_size=9), first=st.integers(0, 2**40))
+def test_hashes_of_many_rows_are_those_of_each(rows, first):
+    leaves = [
+        Leaf(tuple(values), Share.model_validate({"class": "t", "split": "train", "tokens": tokens}))
+        for *values, tokens in rows
+    ]
+    told = [encode(leaf) for leaf in leaves]
+    columns = tuple([one.fields[place] for one in told] for place in range(16))
+    together = EncodedColumns(columns, [one.share for one in told])
+    assert [text.decode() for text in together.texts()] == [one.text() for one in told]
+    due = [commit(SALTS, first + row, one).hash for row, one in enumerate(told)]
+    assert commit_hashes(SALTS, first, together) == due
+
+
+def test_values_by_column_are_those_of_each_row(tmp_path):
+    """Of a run whose prompts a model wrote too, with several answers each, and one without an example."""
+    run = runs.make_run(tmp_path / "run")
+    recipe = RunDir(run).recipe()
+    prompts = list(read_records(run / "prompts.parquet", Prompt))
+    prompts = [prompt.model_copy(update={"writer": "w" * (n % 2) or None}) for n, prompt in enumerate(prompts)]
+    write_records(run / "prompts.parquet", prompts, Prompt)
+    each = [encode(leaf) for leaf in leaves(recipe, run)]
+    assert len(each) > 2
+    for rows in (2, 4096):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(leaf_columns, "ROWS", rows)
+            groups = list(leaf_columns.leaf_columns(recipe, run))
+        assert [group.shares for group in groups] == [
+            [one.share for one in each[i : i + rows]] for i in range(0, len(each), rows)
+        ]
+        assert [row for group in groups for row in zip(*group.fields, strict=True)] == [one.fields for one in each]
+    path = run / "examples" / "examples.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.take([1, 0, *range(2, len(table))]), path)
+    said = []
+    for made in (leaves, leaf_columns.leaf_columns):
+        with pytest.raises(StaleError) as error:
+            list(made(recipe, run))
+        said.append(error.value.problems)
+    assert said[0] == said[1]

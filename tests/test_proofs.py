@@ -326,3 +326,39 @@ def test_a_kept_checkpoint_is_continued_or_the_ledger_was_written_anew(copy, tmp
     assert "does not continue this checkpoint" in refused.stderr
     kept.write_bytes(last.data.replace(b'"sig":"', b'"sig":"AAAA'))
     assert call("ledger", "consistency", copy, "--checkpoint", kept).exit_code == 2
+
+
+def test_what_is_printed_says_what_it_means(tmp_path):
+    """A checkpoint without a stamp, a share, and the gate's field; each as JSON too, which says the same."""
+    run, out = runs.make_run(tmp_path / "run"), tmp_path / "share"
+    printed = call("ledger", "checkpoint", run).stdout
+    assert "None" not in printed
+    assert "unanchored" in printed
+    assert "--timestamp FILE" in printed
+    assert json.loads(call("ledger", "checkpoint", run, "--json").stdout)["stamped"] is None
+    assert call("ledger", "share", run, "--out", out).exit_code == 0
+    held = call("ledger", "check", out).stdout
+    assert "100.00 %" in held
+    assert "{" not in held
+    told = call("ledger", "disclose", run, "--row", 0, "--field", "gate")
+    proof = tmp_path / "proof"
+    proof.write_text(told.stdout, encoding="utf-8")
+    held = call("ledger", "check", proof)
+    assert held.exit_code == 0
+    for said in (told.stderr, held.stdout):
+        assert "rules on the whole set after that was sealed" in said
+    assert "rules on" not in call("ledger", "disclose", run, "--row", 0, "--field", "terms").stderr
+
+
+def test_a_spot_check_of_a_later_checkpoint_says_how_to_open_rows_for_the_share_at_hand(tmp_path):
+    run, share = runs.make_run(tmp_path / "run"), tmp_path / "share"
+    assert call("ledger", "share", run, "--out", share).exit_code == 0
+    assert call("ledger", "note", run, "Read.").exit_code == 0
+    assert call("ledger", "checkpoint", run).exit_code == 0
+    words = ("ledger", "spot-check", run, "--seed", "a beacon", "--draws", 9)
+    assert call(*words, "--out", tmp_path / "later").exit_code == 0
+    wrong = call("ledger", "check", tmp_path / "later", "--share", share)
+    assert wrong.exit_code == 1
+    assert "limbeck ledger spot-check RUN --seed S --share FILE" in " ".join(wrong.output.split())
+    assert call(*words, "--share", share, "--out", tmp_path / "right").exit_code == 0
+    assert call("ledger", "check", tmp_path / "right", "--share", share).exit_code == 0

@@ -19,7 +19,7 @@ import runs
 import stamping
 from command import call
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from faults import entries, files, forger, gate, proofs, signatures
+from faults import entries, files, forger, gate, proofs, rows, signatures
 from faults.kit import Case, Fault, formed
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -30,7 +30,7 @@ from limbeck.run import STAGES
 from limbeck.terms.waivers import make_waiver
 
 FORBIDDEN = "meta/llama-3/2024-04-18"
-FAULTS = [*files.FAULTS, *entries.FAULTS, *signatures.FAULTS]
+FAULTS = [*files.FAULTS, *rows.FAULTS, *entries.FAULTS, *signatures.FAULTS]
 
 
 def signing_key():
@@ -151,6 +151,7 @@ def test_both_refuse_a_document(fault: proofs.Fault, handed, tmp_path, capsys):
     told = f"first {first.exit_code}:\n{first.output[-3000:]}\nsecond {code}:\n{printed[-3000:]}"
     assert first.exception is None or isinstance(first.exception, SystemExit), told
     assert first.exit_code in (1, 2), told
+    assert fault.first in first.output, told
     assert code in (1, 2), told
     assert fault.place in printed, told
 

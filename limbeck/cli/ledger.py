@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -138,7 +138,7 @@ def checkpoint(
         "stamped": f"{stamp.at:%Y-%m-%dT%H:%M:%SZ}" if stamp else None,
         "trust": trust,
     }
-    typer.echo(as_json_text(values) if as_json else "\n".join(f"{name:<9}{value}" for name, value in values.items()))
+    typer.echo(as_json_text(values) if as_json else _checkpoint_text(values))
 
 
 @app.command()
@@ -196,6 +196,16 @@ def _held(run: Path) -> Iterator[tuple[Recipe, Ledger]]:
     recipe = RunDir(run).recipe()
     with open_run(run, recipe) as held, Ledger(held / "ledger.db") as ledger:
         yield recipe, ledger
+
+
+def _checkpoint_text(values: Mapping[str, object]) -> str:
+    told = {name: value for name, value in values.items() if value is not None}
+    if "stamped" not in told:
+        told["remedy"] = (
+            "have the file of --out stamped by an authority (RFC 3161), and keep its answer: "
+            "limbeck ledger checkpoint RUN --timestamp FILE --authority FILE"
+        )
+    return "\n".join(f"{name:<9}{value}" for name, value in told.items())
 
 
 def _last(run: Path, made: list[Made]) -> Made:

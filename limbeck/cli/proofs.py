@@ -39,13 +39,28 @@ def disclose(
 
     refuse_other_than_run(run)
     proof = prove(run, row, field)
-    data = document_bytes(proof)
+    data, meant = document_bytes(proof), _meaning(field, proof.value)
     if out is None:
+        if meant:
+            typer.echo(meant, err=True)
         typer.echo(data.decode())
         return
     write_new(out, data)
     told = {"row": row, "field": field, "value": proof.value, "bytes": len(data), "file": str(out)}
-    typer.echo(as_json_text(told) if as_json else printable(f"{field} of row {row}: {proof.value!r}; wrote {out}"))
+    line = f"{field} of row {row}: {proof.value!r}; wrote {out}"
+    typer.echo(as_json_text(told) if as_json else printable("\n".join(filter(None, (line, meant)))))
+
+
+def _meaning(field: object, value: object) -> str:
+    """What a value means that does not say so itself."""
+    from limbeck.ledger.merkle.fields import NOT_ASKED
+
+    if (field, value) != ("gate", NOT_ASKED):
+        return ""
+    return (
+        "no example says what the terms gate decided, since it rules on the whole set after that was sealed: its "
+        "decision stands in the next entry of the stage gate (`limbeck ledger log RUN`), bound to this set's root"
+    )
 
 
 @app.command()
@@ -175,8 +190,16 @@ def check(
         told = {"ok": False, "why": str(error)}
         typer.echo(as_json_text(told) if as_json else printable(f"does NOT hold: {error}"))
         raise typer.Exit(1) from None
-    lines = [f"{name}: {value}" for name, value in values.items()]
-    typer.echo(as_json_text({"ok": True} | values) if as_json else printable("\n".join(["it holds", *lines])))
+    typer.echo(as_json_text({"ok": True} | values) if as_json else _holds_text(document, values))
+
+
+def _holds_text(document: Document, values: dict[str, object]) -> str:
+    from limbeck.ledger.proofs.documents import ShareDocument
+
+    shares = _share_lines(document.shares) if isinstance(document, ShareDocument) else []
+    lines = [f"{name}: {value}" for name, value in values.items() if name != "shares"]
+    meant = _meaning(values.get("field"), values.get("value"))
+    return printable("\n".join(["it holds", *shares, *lines, *filter(None, [meant])]))
 
 
 def _checked(document: Document, manifest: tuple[ShareDocument, str] | None, wrong: int) -> dict[str, object]:
@@ -241,14 +264,17 @@ def _shares(shares: list[ClassShare]) -> list[dict[str, object]]:
     ]
 
 
-def _share_text(shares: list[ClassShare], root: CheckedRoot) -> str:
+def _share_lines(shares: list[ClassShare]) -> list[str]:
     total = sum(one.tokens for one in shares)
-    lines = [
+    return [
         f"{100 * one.tokens / total if total else 0:6.2f} %  {one.tokens:>12,} tokens  {one.rows:>9,} rows  {one.name}"
         for one in shares
     ]
+
+
+def _share_text(shares: list[ClassShare], root: CheckedRoot) -> str:
     values = _root_values(root)
-    return printable("\n".join([*lines, *(f"{name:<8}{value}" for name, value in values.items())]))
+    return printable("\n".join([*_share_lines(shares), *(f"{name:<8}{value}" for name, value in values.items())]))
 
 
 def _bound_text(draws: int, rows: int) -> str:

@@ -14,6 +14,7 @@ The room:
     code          which code ran
     layout        the tables of that file
     sealing       the stage that makes a leaf of every example
+    leaf_columns  the values of leaves, by column
     merkle/       the tree, its leaves, and their salts
     signing/      keys, envelopes, checkpoints, notes, time-stamps
     proofs/       what is handed to strangers
@@ -22,6 +23,7 @@ The room:
     staleness     which stages rest on what has been made anew since
     parents       the checks that follow each record to its parents
     raw_answers   the journal as a verifier reads it
+    exchanges     what a request and its answer say, of each API
     agreement     whether records agree with their parents, by column
     columns       tables read by column
     pages         sizes of Parquet pages, before they are unpacked

@@ -24,7 +24,7 @@ from limbeck.ledger.columns import (
     Places,
     as_bytes,
     batches,
-    completion_id,
+    completion_key,
     example_id,
     raw_digest,
     read_messages,
@@ -74,9 +74,9 @@ class Answers:
     kept: bytearray | None = None
     """Whether each has a verdict to keep it."""
 
-    def add(self, name: str, teacher: str, split: str, prompt: int) -> None:
-        """The next completion."""
-        self.places.append(raw_digest(name))
+    def add(self, key: bytes, teacher: str, split: str, prompt: int) -> None:
+        """The next completion, by the bytes of its id."""
+        self.places.append(key)
         self.prompts.append(prompt)
         self.kinds.append(self.known_kinds.setdefault((teacher, split), len(self.known_kinds)))
 
@@ -149,69 +149,42 @@ def prompts_agree(path: Path) -> Prompts | None:
 
 @_quiet
 def completions_agree(path: Path, prompts: Prompts, terms: Mapping[str, str] | None, raw: RawAnswers) -> Answers | None:
-    """Every completion fits its prompt, the recipe's terms, and the raw answer that it was read from."""
-    answers, twice = Answers(), Twice(len(prompts.held_out))
+    """Every completion fits its prompt, the recipe's terms, and the raw answer that it was read from. Those with more
+    than text are left to the slower way.
+    """
+    answers, twice, sound = Answers(), Twice(len(prompts.held_out)), {None: True}
+    places, held_out = prompts.places, prompts.held_out
     for columns in _rows(path, Completion):
-        expected: list[Expected] = []
-        for row in map(_Row, *columns):
-            place, told = prompts.places.get(raw_digest(row.prompt_id)), read_messages(row.messages)
+        told = dict(zip(schema(Completion).names, columns, strict=True))
+        if any(value is not None for name in _BEYOND_TEXT for value in told[name]):
+            return None
+        messages = list(map(read_messages, told["messages"]))
+        for prompt_id, sample, asked, text, reasoning, finish, teacher, weights, under, split in zip(
+            *(told["prompt_id"], told["sample"], messages, told["text"], told["reasoning"], told["finish_reason"]),
+            *(told["teacher"], told["weights"], told["terms"], told["split"]),
+            strict=True,
+        ):
+            if asked is None or asked.digest != prompt_id:
+                return None
+            place = places.get(bytes.fromhex(prompt_id[7:]))
             if (
                 place < 0
-                or row.beyond_text
-                or told is None
-                or told.digest != row.prompt_id
-                or row.split != ("held_out" if prompts.held_out[place] else "train")
-                or twice.seen(row.prompt_id, row.sample, row.teacher, place)
+                or split != ("held_out" if held_out[place] else "train")
+                or twice.seen(prompt_id, sample, teacher, place)
                 or twice.scattered
-                or (terms is not None and terms.get(row.teacher) != row.terms)
-                or not (row.weights is None or _DIGEST.fullmatch(row.weights))
+                or (terms is not None and terms.get(teacher) != under)
+                or not (weights in sound or _DIGEST.fullmatch(weights))
             ):
                 return None
-            name = completion_id(row.prompt_id, row.sample, row.teacher, row.text, row.reasoning, row.finish_reason)
-            answers.add(name, row.teacher, row.split, place)
-            expected.append(
-                Expected(
-                    row.request_id, row.response, row.created, told.value, row.sample, row.weights, row.text,
-                    row.finish_reason, row.model, row.prompt_tokens, row.completion_tokens,
-                )
-            )  # fmt: skip
-        if not raw.agree(expected):
+            sound[weights] = True
+            answers.add(completion_key(prompt_id, sample, teacher, text, reasoning, finish), teacher, split, place)
+        told["messages"] = [one.value for one in messages if one]
+        if not raw.agree(list(map(Expected, *(told[name] for name in Expected._fields)))):
             return None
     return answers
 
 
-class _Row(NamedTuple):
-    """A row of completions.parquet, as it is stored."""
-
-    prompt_id: str
-    sample: int
-    messages: str
-    text: str
-    reasoning: str | None
-    finish_reason: str
-    model: str
-    teacher: str
-    provider: str
-    route: str
-    weights: str | None
-    terms: str
-    prompt_tokens: int
-    completion_tokens: int
-    created: int
-    """Microseconds since 1970."""
-    request_id: str
-    response: str
-    split: str
-    batch: str | None
-    tools: str | None
-    tool_calls: str | None
-    json_schema: str | None
-    mismatch: str | None
-
-    @property
-    def beyond_text(self) -> bool:
-        """Whether it has more than text, which is left to the slower way."""
-        return (self.tools, self.tool_calls, self.json_schema, self.mismatch) != (None,) * 4
+_BEYOND_TEXT = ("tools", "tool_calls", "json_schema", "mismatch")
 
 
 def verdict_rows(path: Path) -> Iterator[Verdict]:

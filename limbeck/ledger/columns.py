@@ -75,11 +75,11 @@ def completion_digest(text: str, reasoning: str | None, finish_reason: str, call
     )
 
 
-def completion_id(prompt: str, sample: int, teacher: str, text: str, reasoning: str | None, finish_reason: str) -> str:
-    """`Completion.id`."""
+def completion_key(prompt: str, sample: int, teacher: str, text: str, reasoning: str | None, finish: str) -> bytes:
+    """The bytes of `Completion.id`."""
     thought = "null" if reasoning is None else quoted(reasoning)
-    said = f"{quoted(text)},{thought},{quoted(finish_reason)}"
-    return digest_text(f"[{quoted(prompt)},{sample},{quoted(teacher)},{said}]")
+    said = f"{quoted(text)},{thought},{quoted(finish)}"
+    return sha256(f"[{quoted(prompt)},{sample},{quoted(teacher)},{said}]".encode()).digest()
 
 
 def example_id(completion: str, tokens: bytes, mask: bytes) -> str:
@@ -130,11 +130,11 @@ class Places:
         if self._exact:
             return self._search(digest)
         data, at = self._data, 32 * self._hint
-        for start in range(at, min(at + 32 * _AHEAD, len(data)), 32):
-            if data[start : start + 32] == digest:
-                self._hint = start // 32
-                return self._hint
-        return self._search(digest)
+        found = data.find(digest, at, at + 32 * _AHEAD)
+        if found < 0 or found % 32:
+            return self._search(digest)
+        self._hint = found // 32
+        return self._hint
 
     def _search(self, digest: bytes) -> int:
         order, heads = self._index()
@@ -219,6 +219,24 @@ _TYPES = {
 _LATER = frozenset({"batch", "tools", "tool_calls", "json_schema", "mismatch", "parents"})
 """Columns that tables of earlier versions lack: nothing is in them then."""
 _MAY_BE_MISSING = frozenset({"reasoning", "weights", "writer"}) | _LATER
+
+
+class Rows:
+    """Rows of tables that come in pieces, as many at a time as are asked for."""
+
+    def __init__(self, pieces: Iterator[pa.Table]):
+        self._pieces, self._left = pieces, None
+
+    def take(self, count: int) -> pa.Table:
+        """The next so many; fewer at the end. Raises what the pieces raise."""
+        parts: list[pa.Table] = [] if self._left is None else [self._left]
+        while sum(part.num_rows for part in parts) < count and (piece := next(self._pieces, None)) is not None:
+            parts.append(piece)
+        if not parts:
+            return pa.table({})
+        whole = pa.concat_tables(parts)
+        self._left = whole.slice(count) if whole.num_rows > count else None
+        return whole.slice(0, count)
 
 
 def as_bytes(column: pa.ListArray, kind: str) -> Iterator[bytes]:

@@ -14,7 +14,9 @@ import yaml
 
 from limbeck.errors import LimbeckError, Problem
 from limbeck.ledger.canonical import canonical
-from limbeck.ledger.merkle.fields import Encoder, Leaf, commit_hash, encode, entry_hash
+from limbeck.ledger.columns import Rows
+from limbeck.ledger.merkle.fields import Leaf, commit, encode, entry_hash
+from limbeck.ledger.merkle.hashing import commit_hashes
 from limbeck.ledger.merkle.order import LeafSet, LeavesFactError, leaf_sets
 from limbeck.ledger.merkle.salts import Salts
 from limbeck.ledger.merkle.stored import WIDTH
@@ -24,6 +26,7 @@ from limbeck.records import Entry
 
 if TYPE_CHECKING:
     from limbeck.ledger.sealing import Row as LeafRow
+    from limbeck.recipe import Recipe
 
 _LEAVES = "leaves of version 1 in entries of the stage seal, and in no other"
 _CHANGED = "somebody changed the ledger after it was written; compare with a copy kept elsewhere"
@@ -123,16 +126,18 @@ def leaf_differences(
 def _leaves(
     root: Path, known: Tree, salts: Salts | None, present: frozenset[str], notes: list[str]
 ) -> Iterator[Problem]:
-    from limbeck.ledger.sealing import LEAVES, read_rows
+    from limbeck.ledger.sealing import LEAVES, leaves, read_rows
 
-    encoder = Encoder()
-    again = _from_records(root, present, notes)
+    recipe = _recipe(root, present, notes)
+    if recipe is not None and _all_agree(root, recipe, known, salts):
+        return
+    again = leaves(recipe, root) if recipe else None
     hashes = (known.latest[i : i + WIDTH] for i in range(0, len(known.latest), WIDTH))
 
     def agrees(place: int, row: LeafRow, leaf: Leaf) -> bool:
-        told = encoder.encode(leaf)
+        told = encode(leaf)
         same = told.text() == row.fields and told.share.decode() == row.share
-        return same and (salts is None or commit_hash(salts, place, told) == row.leaf)
+        return same and (salts is None or commit(salts, place, told).hash == row.leaf)
 
     for place, (row, due, leaf) in enumerate(zip_longest(read_rows(root), hashes, again or ())):
         if row is not None and leaf is not None and row.leaf == due and agrees(place, row, leaf):
@@ -163,7 +168,7 @@ def _row_differences(
             yield Problem(where, "values that are not canonical JSON", "RFC 8785", _REMEDY)
         if again:
             yield from _against_records(where, said, leaf)
-    if salted and (made := commit_hash(*salted, told)) != due:
+    if salted and (made := commit(*salted, told).hash) != due:
         yield Problem(f"{where}: hash of fields and salts", made.hex(), f"{due.hex()}, as the tree", _REMEDY)
 
 
@@ -179,18 +184,43 @@ def _against_records(where: str, said: Leaf, leaf: Leaf | None) -> Iterator[Prob
         yield Problem(f"{where}: share", *shares, _REMEDY)
 
 
-def _from_records(root: Path, present: frozenset[str], notes: list[str]):
-    """The leaves made again, where all records are there and the recipe is one of this version."""
-    from limbeck.ledger.sealing import leaves
+def _recipe(root: Path, present: frozenset[str], notes: list[str]) -> Recipe | None:
+    """The recipe by which the leaves can be made again, where all records are there and it is one of this version."""
     from limbeck.rundir import RunDir
 
     if not {"recipe.yaml", "prompts.parquet", "completions.parquet", "verdicts.parquet", "examples"} <= present:
         return None
     try:
-        return leaves(RunDir(root).recipe(), root)
+        return RunDir(root).recipe()
     except (ValueError, OSError, RecursionError, yaml.YAMLError, LimbeckError):
         notes.append("recipe.yaml is not a recipe of this version; leaves were not compared with the records")
         return None
+
+
+def _all_agree(root: Path, recipe: Recipe, known: Tree, salts: Salts | None) -> bool:
+    """Whether every row is what the tree, the records and its salts say, asked by column. What cannot be read does not
+    agree.
+    """
+    from limbeck.ledger.agreement import UNREADABLE
+    from limbeck.ledger.leaf_columns import leaf_columns
+    from limbeck.ledger.sealing import leaves_table, read_tables
+
+    try:
+        rows, place = Rows(read_tables(root)), 0
+        for told in leaf_columns(recipe, root):
+            count = len(told.shares)
+            due = known.latest[WIDTH * place : WIDTH * (place + count)]
+            if len(due) != WIDTH * count:
+                return False
+            hashes = [due[i : i + WIDTH] for i in range(0, len(due), WIDTH)]
+            if salts is not None and commit_hashes(salts, place, told) != hashes:
+                return False
+            if not leaves_table(told, hashes).equals(rows.take(count)):
+                return False
+            place += count
+        return WIDTH * place == len(known.latest) and rows.take(1).num_rows == 0
+    except (*UNREADABLE, LimbeckError):
+        return False
 
 
 def _told(value: object) -> str:

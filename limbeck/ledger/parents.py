@@ -134,7 +134,7 @@ def _each_completion(path: Path, known: _Known, terms: dict[str, str] | None, jo
             due = terms.get(completion.teacher, f"a teacher of the recipe: {', '.join(sorted(terms))}")
             yield Problem(f"{where}: terms of {completion.teacher}", completion.terms, due, _REMEDY)
         yield from journal.differences(where, completion)
-        answers.add(completion.id, completion.teacher, completion.split.value, place)
+        answers.add(raw_digest(completion.id), completion.teacher, completion.split.value, place)
     known.answers = answers
     if twice.scattered:
         yield from _scattered(path)

@@ -1,13 +1,11 @@
 """The journal as a verifier reads it: without writing, and without believing what it says of itself.
 
-The file is opened here, not through `limbeck.collect.journal`, which may write to it, and answers are read
-here, not by the teacher, which needs torch. The layout is that of the journal's first version: a table
-`answers` with key, created, request and raw, the last two as zlib streams.
+The file is opened here, not through `limbeck.collect.journal`, which may write to it. The layout is that of its first
+version: a table `answers` with key, created, request and raw, the last two as zlib streams or zstd frames.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import sqlite3
 import tempfile
@@ -16,6 +14,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from hashlib import sha256
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -23,17 +22,17 @@ import zstandard
 
 from limbeck.errors import Problem
 from limbeck.ledger.canonical import digest_bytes, digest_json
-from limbeck.ledger.columns import read_value
+from limbeck.ledger.exchanges import Call, read_exchange, read_json
 from limbeck.records import Completion
 
 _ASKED = ("sample", "weights")
-_SAID = ("text", "finish_reason", "model", "prompt_tokens", "completion_tokens")
-"""What a completion takes over as it is from a request and an answer of form `local/1`."""
+_SAID = ("text", "reasoning", "finish_reason", "model", "prompt_tokens", "completion_tokens", "batch")
+"""What a completion takes over from a request and an answer."""
 
 _LONGEST = 2**26
 """Bytes of an answer, packed or not."""
 _LONGEST_READ = 2**24
-"""Bytes of an answer of form `local/1`: as Python objects, JSON can take twenty times as many."""
+"""Bytes of a request and its answer that are read: as Python objects, JSON can take twenty times as many."""
 _ASK = 256
 """Keys in one question; SQLite's least limit on parameters is 999."""
 _BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
@@ -50,7 +49,7 @@ class RawAnswer(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What a completion says of its request and of its raw answer."""
+    """What a completion of plain text says of its request and of its raw answer."""
 
     request_id: str
     response: str
@@ -60,10 +59,12 @@ class Expected(NamedTuple):
     sample: int
     weights: str | None
     text: str
+    reasoning: str | None
     finish_reason: str
     model: str
     prompt_tokens: int
     completion_tokens: int
+    batch: str | None
 
 
 class RawAnswers:
@@ -143,25 +144,23 @@ class RawAnswers:
             return False
         if f"sha256:{sha256(raw).hexdigest()}" != expected.response:
             return False
-        if len(request) + len(raw) > _LONGEST_READ:
+        found = read_exchange(request, raw) if len(request) + len(raw) <= _LONGEST_READ else None
+        if found is None:
             self.unread += 1
             return True
-        texts = request.decode(), raw.decode()
-        (asked, first), (said, last) = map(read_value, texts)
-        if (first, last) != (len(texts[0]), len(texts[1])):
-            return False
-        if type(asked) is not dict or type(said) is not dict or not asked.get("form") == said.get("form") == "local/1":
-            self.unread += 1
-            return True
+        said = found.said
         return (
-            asked.get("messages") == expected.messages
-            and asked.get("sample") == expected.sample
-            and asked.get("weights") == expected.weights
-            and said.get("text") == expected.text
-            and said.get("finish_reason") == expected.finish_reason
-            and said.get("model") == expected.model
-            and said.get("prompt_tokens") == expected.prompt_tokens
-            and said.get("completion_tokens") == expected.completion_tokens
+            said.text == expected.text
+            and said.finish_reason == expected.finish_reason
+            and said.model == expected.model
+            and said.prompt_tokens == expected.prompt_tokens
+            and said.completion_tokens == expected.completion_tokens
+            and said.reasoning == expected.reasoning
+            and said.batch == expected.batch
+            and not said.calls
+            and found.sample == expected.sample
+            and found.weights == expected.weights
+            and found.asks(expected.messages)
         )
 
     def differences(self, where: str, completion: Completion) -> list[Problem]:
@@ -196,7 +195,7 @@ class RawAnswers:
         if not isinstance(data, bytes):
             raise TypeError(f"a {type(data).__name__}, not bytes")
         if data.startswith(zstandard.FRAME_HEADER):
-            if zstandard.frame_content_size(data) > _LONGEST or zstandard.frame_content_size(data) < 0:
+            if not 0 <= zstandard.frame_content_size(data) <= _LONGEST:
                 raise zstandard.ZstdError("longer than any answer, or of unknown length")
             return self._unpacker.decompress(data, allow_extra_data=False)
         stream = zlib.decompressobj()
@@ -207,23 +206,33 @@ class RawAnswers:
 
     def _read(self, found: RawAnswer, completion: Completion) -> list[tuple[str, object, object]]:
         """What the bytes say, beside what the completion says; nothing for a form that is unknown here."""
-        try:
-            if len(found.request) + len(found.raw) > _LONGEST_READ:
-                raise ValueError("longer than any answer of this form")
-            asked, said = json.loads(found.request), json.loads(found.raw)
-            known = asked["form"] == said["form"] == "local/1"
-        except (ValueError, KeyError, TypeError, RecursionError):
-            asked, said, known = {}, {}, False
-        if not known:
+        whole = len(found.request) + len(found.raw) <= _LONGEST_READ
+        read = read_exchange(found.request, found.raw) if whole else None
+        if read is None:
             self.unread += 1
             return []
         messages = [message.model_dump(mode="json") for message in completion.messages]
+        calls = [call.model_dump(mode="json") for call in completion.tool_calls or ()]
         return [
-            ("messages asked", asked.get("messages"), messages),
-            *((f"{name} asked", asked.get(name), getattr(completion, name)) for name in _ASKED),
-            *((f"{name} answered", said.get(name), getattr(completion, name)) for name in _SAID),
-            ("tool_calls answered", None, completion.tool_calls),  # no answer of this form has any
+            ("messages asked", messages if read.asks(messages) else read.messages, messages),
+            *((f"{name} asked", getattr(read, name), getattr(completion, name)) for name in _ASKED),
+            *((f"{name} answered", getattr(read.said, name), getattr(completion, name)) for name in _SAID),
+            ("tool_calls answered", [_as_call(*pair) for pair in zip_longest(read.said.calls, calls)], calls),
         ]
+
+
+def _as_call(said: Call | None, there: dict[str, object] | None) -> object:
+    """A call as the answer has it: with the completion's own text where its arguments are the same as an object."""
+    if said is None:
+        return "no call"
+    arguments = said.arguments
+    if (
+        not isinstance(arguments, str)
+        and there is not None
+        and read_json(str(there["arguments"]).encode()) == arguments
+    ):
+        arguments = there["arguments"]
+    return {"name": said.name, "arguments": arguments, "id": said.id}
 
 
 _TABLES = frozenset(

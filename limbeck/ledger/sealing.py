@@ -21,7 +21,8 @@ from pydantic import JsonValue
 from limbeck.errors import InputError, Problem, StaleError
 from limbeck.ledger.canonical import iso
 from limbeck.ledger.columns import batches, completion_digest
-from limbeck.ledger.merkle.fields import FIELDS, NOT_ASKED, Encoder, Leaf, Share, commit_hash
+from limbeck.ledger.merkle.fields import FIELDS, NOT_ASKED, Leaf, Share
+from limbeck.ledger.merkle.hashing import EncodedColumns, commit_hashes
 from limbeck.ledger.merkle.order import LeafSet, LeavesFact
 from limbeck.ledger.merkle.salts import Salts
 from limbeck.ledger.merkle.tree import Hash
@@ -33,7 +34,6 @@ from limbeck.rundir import RunDir, atomic
 LEAVES = "leaves.parquet"
 _SCHEMA = pa.schema([("fields", pa.string()), ("share", pa.string()), ("leaf", pa.binary(32))])
 _ROWS = 4096
-"""Rows of a row group."""
 _REMEDY = "put back the files as the run wrote them, or run the same recipe again"
 
 
@@ -52,39 +52,47 @@ def seal(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
         StaleError: the records do not belong together.
         InputError: the secret cannot be used.
     """
-    nonce = secrets.token_bytes(32)
-    salts, encoder = Salts.of(keys.secret(), nonce), Encoder()
-    count, chunk = 0, list[Row]()
+    from limbeck.ledger.leaf_columns import leaf_columns
+
+    nonce, count = secrets.token_bytes(32), 0
+    salts = Salts.of(keys.secret(), nonce)
     with (
         run.progress.line("seal", None, "examples") as line,
         atomic(run / LEAVES) as half,
         pq.ParquetWriter(half, _SCHEMA, compression="zstd") as writer,
     ):
-        for count, leaf in enumerate(leaves(recipe, run.root), 1):
-            told = encoder.encode(leaf)
-            chunk.append(Row(told.text(), told.share.decode(), commit_hash(salts, count - 1, told)))
-            line.advance()
-            if len(chunk) == _ROWS:
-                writer.write_table(_table(chunk))
-                chunk.clear()
-        writer.write_table(_table(chunk))
+        for told in leaf_columns(recipe, run.root):
+            hashes = commit_hashes(salts, count, told)
+            writer.write_table(leaves_table(told, hashes))
+            count += len(hashes)
+            line.advance(len(hashes))
     fact = LeavesFact(version=1, count=count, nonce=nonce.hex(), salts=salts.id)
     return {"leaves": fact.model_dump(mode="json"), "gate": NOT_ASKED}
 
 
-def _table(rows: list[Row]) -> pa.Table:
-    return pa.table([list(column) for column in zip(*rows, strict=True)] or [[], [], []], schema=_SCHEMA)
+def leaves_table(told: EncodedColumns, hashes: Sequence[Hash]) -> pa.Table:
+    """Some rows of RUN/leaves.parquet."""
+    texts = [pa.array(column, pa.binary()).cast(pa.string()) for column in (told.texts(), told.shares)]
+    return pa.table([*texts, pa.array(hashes, pa.binary(32))], schema=_SCHEMA)
 
 
 def leaf_hashes(run: Path, facts: dict[str, JsonValue]) -> list[Hash]:
     """The hashes that the entry of a stage with these facts brings into the tree."""
-    return [row.leaf for row in read_rows(run)] if "leaves" in facts else []
+    if "leaves" not in facts:
+        return []
+    return [leaf for part in read_tables(run) for leaf in part.column("leaf").to_pylist()]
 
 
 def read_rows(run: Path) -> Iterator[Row]:
     """RUN/leaves.parquet, row by row. Raises what readers raise for damaged bytes."""
     for batch in batches(run / LEAVES, _SCHEMA.names, _ROWS):
         yield from map(Row, *(batch.column(name).to_pylist() for name in _SCHEMA.names))
+
+
+def read_tables(run: Path) -> Iterator[pa.Table]:
+    """The same, some thousand rows at a time."""
+    for batch in batches(run / LEAVES, _SCHEMA.names, _ROWS):
+        yield pa.Table.from_batches([batch])
 
 
 def read_row(run: Path, row: int) -> Row | None:
@@ -153,7 +161,7 @@ def refuse_unsealed(run: Path, sets: Sequence[LeafSet]) -> None:
         raise InputError("nothing is sealed yet", [problem])
 
 
-class _Example(NamedTuple):
+class Example(NamedTuple):
     """What a leaf takes over from an example."""
 
     id: Digest
@@ -165,29 +173,25 @@ class _Example(NamedTuple):
 
 def leaves(recipe: Recipe, run: Path) -> Iterator[Leaf]:
     """The leaves of a run, in the order of its examples. Raises `StaleError` where records do not belong together."""
-    writers = {
-        name: writer for name, writer in _columns(run / "prompts.parquet", ("id", "writer")) if writer is not None
-    }
+    writers = prompt_writers(run)
     samplings: dict[int, JsonValue] = {}
     told_writers: dict[tuple[str, str | None], JsonValue] = {}
     shares: dict[tuple[str, str, int], Share] = {}
-    answers = _answers(run)
-    for place, example in enumerate(_examples(run / "examples" / "examples.parquet")):
+    answers = answers_of(run)
+    for place, example in enumerate(examples_of(run / "examples" / "examples.parquet")):
         completion = None
         for name, answer in answers:
             if name == example.completion:
                 completion = answer
                 break
         if completion is None:
-            where, found = f"examples: row {place}: parent", example.completion
-            expected = "a completion of completions.parquet, in their order"
-            raise StaleError("examples without their completions", [Problem(where, found, expected, _REMEDY)])
+            raise without_completion(place, example)
         prompt_writer = writers.get(completion.prompt_id)
         if (sampling := samplings.get(completion.sample)) is None:
-            sampling = samplings[completion.sample] = _sampling(recipe, completion.sample)
+            sampling = samplings[completion.sample] = sampling_of(recipe, completion.sample)
         who = completion.model, prompt_writer
         if (told := told_writers.get(who)) is None:
-            told = told_writers[who] = _writers(*who)
+            told = told_writers[who] = writers_of(*who)
         counted = example.teacher, example.split, example.tokens
         if (share := shares.get(counted)) is None:
             share = Share.model_validate(dict(zip(("class", "split", "tokens"), counted, strict=True)))
@@ -198,7 +202,7 @@ def leaves(recipe: Recipe, run: Path) -> Iterator[Leaf]:
                 completion_digest(
                     completion.text, completion.reasoning, completion.finish_reason, completion.tool_calls
                 ),
-                _iso(completion.created),
+                iso_micros(completion.created),
                 example.id,
                 NOT_ASKED,
                 completion.model,
@@ -221,8 +225,21 @@ def leaves(recipe: Recipe, run: Path) -> Iterator[Leaf]:
 _REMEMBERED = 4096
 
 
+def prompt_writers(run: Path) -> dict[Digest, str]:
+    """The model that wrote each prompt, of those that a model wrote."""
+    columns = _columns(run / "prompts.parquet", ("id", "writer"))
+    return {name: writer for name, writer in columns if writer is not None}
+
+
+def without_completion(place: int, example: Example) -> StaleError:
+    """That the example in a row has no completion where it has to have one."""
+    where, found = f"examples: row {place}: parent", example.completion
+    expected = "a completion of completions.parquet, in their order"
+    return StaleError("examples without their completions", [Problem(where, found, expected, _REMEDY)])
+
+
 @lru_cache(maxsize=_REMEMBERED)
-def _iso(micros: int) -> str:
+def iso_micros(micros: int) -> str:
     """A time from its microseconds since 1970. Answers that were written together have the same."""
     return iso(_BEGINNING + timedelta(microseconds=micros))
 
@@ -230,7 +247,8 @@ def _iso(micros: int) -> str:
 _BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def _sampling(recipe: Recipe, sample: int) -> JsonValue:
+def sampling_of(recipe: Recipe, sample: int) -> JsonValue:
+    """What a leaf says of how an answer was drawn."""
     told = recipe.collect
     return {
         "max_tokens": told.max_tokens,
@@ -241,12 +259,13 @@ def _sampling(recipe: Recipe, sample: int) -> JsonValue:
     }
 
 
-def _writers(model: str, prompt_writer: str | None) -> JsonValue:
+def writers_of(model: str, prompt_writer: str | None) -> JsonValue:
+    """What a leaf says of who wrote tokens of an example."""
     found: list[JsonValue] = [["answer", model]]
     return found if prompt_writer is None else [*found, ["prompt", prompt_writer]]
 
 
-class _Answer(NamedTuple):
+class Answer(NamedTuple):
     """What a leaf takes over from a completion: these columns of its table."""
 
     created: int
@@ -268,15 +287,15 @@ class _Answer(NamedTuple):
     weights: Digest | None
 
 
-def _answers(run: Path) -> Iterator[tuple[Digest, _Answer]]:
+def answers_of(run: Path) -> Iterator[tuple[Digest, Answer]]:
     """Completions with their ids, which the verdicts have in the same order."""
     ids = (name for (name,) in _columns(run / "verdicts.parquet", ("completion",)))
-    for row, values in enumerate(_columns(run / "completions.parquet", _Answer._fields)):
+    for row, answer in enumerate(map(Answer._make, _columns(run / "completions.parquet", Answer._fields))):
         name = next(ids, None)
         if name is None:
             problem = Problem(f"verdicts.parquet: row {row}", "no verdict", "one for each completion", _REMEDY)
             raise StaleError("completions and verdicts do not belong together", [problem])
-        yield name, _Answer(*values)
+        yield name, answer
 
 
 def _columns(path: Path, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
@@ -293,7 +312,8 @@ def _values(column: pa.Array) -> list[Any]:
     ).to_pylist()
 
 
-def _examples(path: Path) -> Iterator[_Example]:
+def examples_of(path: Path) -> Iterator[Example]:
+    """The rows of RUN/examples, their supervised tokens counted."""
     import numpy as np
 
     names = ("id", "completion", "split", "teacher")
@@ -302,4 +322,4 @@ def _examples(path: Path) -> Iterator[_Example]:
         total = np.concatenate([[0], np.cumsum(mask.values.to_numpy(zero_copy_only=False))])
         ends = mask.offsets.to_numpy()
         tokens = (total[ends[1:]] - total[ends[:-1]]).tolist()
-        yield from map(_Example, *(batch.column(name).to_pylist() for name in names), tokens)
+        yield from map(Example, *(batch.column(name).to_pylist() for name in names), tokens)

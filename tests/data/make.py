@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sqlite3
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -42,6 +44,59 @@ def run(base: Path) -> None:
         result = call("ledger", words[0], str(made), *words[1:], "--out", str(documents / words[0]))
         if result.exit_code:
             raise SystemExit(result.output)
+
+
+def signalled(kind: str) -> Callable[[Path], None]:
+    """A RUN directory whose signals are of a kind that is not stored: read off the text, or off a live teacher."""
+
+    def made(base: Path) -> None:
+        import runs
+
+        from limbeck.recipe import Recipe
+        from limbeck.render.examples import read_examples
+        from limbeck.signal.manifest import SignalKey
+        from limbeck.signal.store import write_manifest_only
+
+        loss = {"text": "cross_entropy", "hidden": "forward_kl"}[kind]
+        told = runs.RECIPE.model_dump(mode="json") | {"signal": {"kind": kind}}
+        recipe = Recipe.model_validate(told | {"train": told["train"] | {"loss": loss}})
+
+        def annotated(root: Path, _: object) -> None:
+            learned = read_examples(root / "examples").train
+            key = SignalKey(
+                kind=kind, tokenizer=runs.OUTSIDE, templates={runs.TEACHER: runs.OUTSIDE},
+                teachers={runs.TEACHER: runs.OUTSIDE}, examples=SignalKey.digest_of(learned), vocab_size=99,
+                seed=recipe.seed, precision=None if kind == "text" else "float32",
+            )  # fmt: skip
+            write_manifest_only(root / "signals", key, learned)
+
+        runs._WRITERS["annotate"] = annotated
+        runs.make_run(base / "run", recipe=recipe)
+
+    return made
+
+
+def stamped(base: Path) -> None:
+    """A RUN directory whose last checkpoint has an RFC 3161 time-stamp, and the authority's certificate."""
+    import runs
+    from stamping import Authority
+
+    from limbeck.ledger.signing.timestamps import attach, read_authorities
+    from limbeck.ledger.store import Ledger
+
+    made, authority = runs.make_run(base / "run"), Authority(base / "authority", days=36500)
+    response = authority.stamp(runs.signed(made)[-1].envelope.data)
+    with Ledger(made / "ledger.db") as ledger:
+        attach(ledger, response, read_authorities(authority.root))
+    shutil.copy(authority.root, base / "authority.pem")
+    shutil.rmtree(base / "authority")
+
+
+def endpoints(base: Path) -> None:
+    """A RUN directory whose answers came from endpoints, alone and in batches."""
+    import asked
+
+    asked.make_run(base / "run")
 
 
 def waived(base: Path) -> None:
@@ -134,10 +189,20 @@ def pack(base: Path, path: Path) -> None:
                 tar.addfile(info, io.BytesIO(file.read_bytes()))
 
 
-KINDS = {"ledger": run, "waived": waived, "journal": journal, "signals": signals, "top_k": top_k}
+KINDS = {
+    "ledger-2-text": signalled("text"),
+    "ledger-2-hidden": signalled("hidden"),
+    "ledger-2-stamped": stamped,
+    "ledger-2-endpoints": endpoints,
+    "ledger": run,
+    "waived": waived,
+    "journal": journal,
+    "signals": signals,
+    "top_k": top_k,
+}
 
 if __name__ == "__main__":
     name, folder = sys.argv[1:]
     with tempfile.TemporaryDirectory() as scratch:
-        KINDS[name.split("-")[0]](Path(scratch))
+        (KINDS.get(name) or KINDS[name.split("-")[0]])(Path(scratch))
         pack(Path(scratch), Path(folder) / f"{name}.tar.xz")

@@ -32,6 +32,8 @@ class Fault(NamedTuple):
     make: Callable[[Proofs], bytes | Doc]
     place: str
     options: tuple[str, ...] = ()
+    first: str = ""
+    """What the first has to print."""
 
 
 def edit(form: str, change: Callable[[Doc], object]) -> Callable[[Proofs], Doc]:
@@ -178,7 +180,14 @@ FORMS = [
             "sig",
         ),
         Fault("another root, signed", form, signed_anew(form, root_away), "checkpoint" if form == P else "root"),
-        Fault("another key where one is demanded", form, another_key(form), "keyid", ("--key", "KEY")),
+        Fault(
+            "another key where one is demanded",
+            form,
+            another_key(form),
+            "keyid",
+            ("--key", "KEY"),
+            "a spot-check at the checkpoint" if form == P else "signed by",
+        ),
         Fault(
             "a note in the place of a checkpoint",
             form,
@@ -200,15 +209,23 @@ FORMS = [
 
 DISCLOSURES = [
     Fault("another value", D, edit(D, lambda d: d.update(value="x")), "path: root"),
-    Fault("another form of the same letters", D, edit(D, lambda d: d.update(value="own\u2010model")), "path: root"),
+    Fault(
+        "another form of the same letters",
+        D,
+        edit(D, lambda d: d.update(value="own\u2010model")),
+        "path: root",
+        first="the path leads to root",
+    ),
     Fault("a value nested deeply", D, edit(D, nested(100)), "nested"),
     Fault("65 levels", D, edit(D, nested(64)), "nested"),
     Fault("another row", D, edit(D, lambda d: d.update(row=d["row"] + 1)), "path: root"),
     Fault("a row that is not", D, edit(D, lambda d: d.update(row=5)), "row"),
     Fault("a negative row", D, edit(D, lambda d: d.update(row=-1)), "row"),
     Fault("row true", D, edit(D, lambda d: d.update(row=True)), "row"),
-    Fault("a row with a point", D, bytes_of(D, b'"row":1', b'"row":1.0'), "byte"),
-    Fault("a row of 2^64", D, bytes_of(D, b'"row":1', b'"row":18446744073709551616'), "2^53"),
+    Fault(
+        "a row with a point", D, bytes_of(D, b'"row":1', b'"row":1.0'), "byte", first="Input should be a valid integer"
+    ),
+    Fault("a row of 2^64", D, bytes_of(D, b'"row":1', b'"row":18446744073709551616'), "2^53", first="2^53"),
     Fault("another field", D, edit(D, lambda d: d.update(field="teacher")), "path: root"),
     Fault("a field that is not", D, edit(D, lambda d: d.update(field="nothing")), "field"),
     Fault("another salt", D, edit(D, lambda d: flip(d, "salt")), "path: root"),
@@ -229,14 +246,9 @@ DISCLOSURES = [
     Fault("half of a digest", D, edit(D, lambda d: decoded(d, "path", lambda b: b[:-16])), "path"),
     Fault("no path", D, edit(D, lambda d: d.update(path="")), "path"),
     Fault("a path of 10,000 digests", D, edit(D, huge_path), "path"),
-    Fault("a leaf taken for a node", D, edit(D, leaf_as_node), "path"),
-    Fault(
-        "the checkpoint of another log",
-        D,
-        others(D, "checkpoint"),
-        "path: root",
-    ),
-    Fault("the path of another log", D, others(D, "path"), "path: root"),
+    Fault("a leaf taken for a node", D, edit(D, leaf_as_node), "path", first="an inclusion path that is too short"),
+    Fault("the checkpoint of another log", D, others(D, "checkpoint"), "path: root", first="the path leads to root"),
+    Fault("the path of another log", D, others(D, "path"), "path: root", first="the path leads to root"),
     Fault(
         "no examples under the checkpoint",
         D,
@@ -269,9 +281,21 @@ SHARES = [
     ),
     Fault("classes in another order", S, edit(S, lambda d: swap(d["classes"], 0, 1)), "classes"),
     Fault("a class twice", S, edit(S, lambda d: d["classes"].insert(0, d["classes"][0])), "classes"),
-    Fault("a row dropped", S, edit(S, without_row), "rows: private"),
-    Fault("salts of two rows swapped", S, edit(S, lambda d: swap_pieces(d["rows"], "salts", 16)), "root over"),
-    Fault("two rows swapped", S, edit(S, lambda d: swap_pieces(d["rows"], "private", 32)), "root over"),
+    Fault("a row dropped", S, edit(S, without_row), "rows: private", first="count=5"),
+    Fault(
+        "salts of two rows swapped",
+        S,
+        edit(S, lambda d: swap_pieces(d["rows"], "salts", 16)),
+        "root over",
+        first="the rows make root",
+    ),
+    Fault(
+        "two rows swapped",
+        S,
+        edit(S, lambda d: swap_pieces(d["rows"], "private", 32)),
+        "root over",
+        first="the rows make root",
+    ),
     Fault("a bit flipped in a P", S, edit(S, lambda d: flip(d["rows"], "private")), "root over"),
     Fault("a bit flipped in a salt", S, edit(S, lambda d: flip(d["rows"], "salts")), "root over"),
     Fault("a sum changed", S, edit(S, lambda d: d["shares"][0].update(tokens=99)), "shares"),
@@ -282,12 +306,7 @@ SHARES = [
     Fault("a leaf moved over the examples", S, edit(S, lambda d: d["after"].append(d["before"].pop())), "before"),
     Fault("two leaves before swapped", S, edit(S, lambda d: swap(d["before"], 0, 1)), "root over"),
     Fault("a leaf of 31 bytes", S, edit(S, lambda d: d["before"].__setitem__(0, d["before"][0][:40])), "before"),
-    Fault(
-        "the checkpoint of another log",
-        S,
-        others(S, "checkpoint"),
-        "root over",
-    ),
+    Fault("the checkpoint of another log", S, others(S, "checkpoint"), "root over", first="the rows make root"),
 ]
 
 SPOT_CHECKS = [
@@ -302,15 +321,23 @@ SPOT_CHECKS = [
     Fault("rows in another order", P, edit(P, lambda d: swap(d["rows"], 0, 1)), "rows"),
     Fault("another value", P, edit(P, lambda d: d["rows"][0]["fields"].update(terms="x")), "rows: row"),
     Fault("a field left out", P, edit(P, lambda d: d["rows"][0]["fields"].pop("terms")), "fields"),
-    Fault("salts of two fields swapped", P, edit(P, lambda d: swap_pieces(d["rows"][0], "salts", 16)), "rows: row"),
+    Fault(
+        "salts of two fields swapped",
+        P,
+        edit(P, lambda d: swap_pieces(d["rows"][0], "salts", 16)),
+        "rows: row",
+        first="fields that the ledger did not commit to",
+    ),
     Fault("salts cut off", P, edit(P, lambda d: decoded(d["rows"][0], "salts", lambda b: b[:-16])), "salts"),
     Fault("another raw request", P, edit(P, lambda d: flip(d["rows"][0], "request")), "request"),
     Fault("another raw response", P, edit(P, lambda d: flip(d["rows"][0], "response")), "response"),
+    Fault("a spot-check of another log", P, lambda p: p.others[P], "share", first="a spot-check of share"),
     Fault(
         "the checkpoint of another log",
         P,
         others(P, "checkpoint"),
         "checkpoint",
+        first="a spot-check at the checkpoint",
     ),
 ]
 
@@ -340,18 +367,12 @@ CONSISTENCIES = [
     Fault("a digest too many", C, edit(C, lambda d: decoded(d, "path", lambda b: b + bytes(32))), "path"),
     Fault("two digests exchanged", C, edit(C, lambda d: swap_pieces(d, "path", 32)), "path"),
     Fault(
-        "an old checkpoint of another log",
-        C,
-        others(C, "old"),
-        "path: root of the old one",
+        "an old checkpoint of another log", C, others(C, "old"), "path: root of the old one", first="does not continue"
     ),
     Fault(
-        "a new checkpoint of another log",
-        C,
-        others(C, "new"),
-        "path: root of the new one",
+        "a new checkpoint of another log", C, others(C, "new"), "path: root of the new one", first="does not continue"
     ),
-    Fault("the path of another log", C, others(C, "path"), "path"),
+    Fault("the path of another log", C, others(C, "path"), "path", first="does not continue"),
     Fault("a size as large as can be", C, signed_anew(C, lambda s: s["predicate"].update(size=2**53 - 1)), "root"),
     Fault("one path, where both are the same", C, lambda p: p.docs[C] | {"old": p.docs[C]["new"]}, "path"),
 ]

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import sha256
-from json.encoder import encode_basestring as quoted
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from limbeck.ledger.canonical import canonical
 from limbeck.ledger.merkle.salts import SALT, Salts
-from limbeck.ledger.merkle.tree import LEAF, Hash, inclusion_path, leaf_hash, root, root_from_path, subtree_of
+from limbeck.ledger.merkle.tree import Hash, inclusion_path, leaf_hash, root, root_from_path, subtree_of
 
 FIELDS = (
     "completion",
@@ -42,8 +41,9 @@ SHARE = "share"
 NOT_ASKED = "not asked"
 """The gate's decision where no gate was asked."""
 
-_FIELD, _NODE = b"\x02", b"\x03"
-_EXAMPLE, _ENTRY = b"\x01", b"\x02"
+FIELD, FIELD_NODE = b"\x02", b"\x03"
+"""Stand before what is hashed of a field, and of two of their hashes."""
+EXAMPLE, _ENTRY = b"\x01", b"\x02"
 
 
 class Share(BaseModel):
@@ -76,27 +76,27 @@ class Leaf(NamedTuple):
 
 def field_digest(name: str, salt: bytes, data: bytes) -> Hash:
     """Digest of a field whose value's canonical bytes are `data`."""
-    return sha256(_FIELD + salt + bytes([len(name)]) + name.encode() + data).digest()
+    return sha256(FIELD + salt + bytes([len(name)]) + name.encode() + data).digest()
 
 
 def fields_root(digests: Sequence[Hash]) -> Hash:
     """P, from the digests of the fields in their order."""
-    return root(digests, _NODE)
+    return root(digests, FIELD_NODE)
 
 
 def fields_path(digests: Sequence[Hash], place: int) -> list[Hash]:
     """From a field's digest to P."""
-    return inclusion_path(subtree_of(digests, _NODE), place, len(digests))
+    return inclusion_path(subtree_of(digests, FIELD_NODE), place, len(digests))
 
 
 def fields_root_from_path(digest: Hash, place: int, path: Sequence[Hash]) -> Hash:
     """The P that a path leads to. Raises `ValueError` for a path of the wrong length."""
-    return root_from_path(digest, place, len(FIELDS), path, _NODE)
+    return root_from_path(digest, place, len(FIELDS), path, FIELD_NODE)
 
 
 def example_hash(private: Hash, share: Hash) -> Hash:
     """Hash of an example's leaf."""
-    return leaf_hash(_EXAMPLE + private + share)
+    return leaf_hash(EXAMPLE + private + share)
 
 
 def entry_hash(body: bytes) -> Hash:
@@ -124,40 +124,14 @@ class Encoded(NamedTuple):
 
     def text(self) -> str:
         """The canonical JSON object of the private fields."""
-        return (_OBJECT % self.fields).decode()
-
-
-class Encoder:
-    """Makes values canonical. A set has few ways of sampling and few writers, in objects that many rows share."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[JsonValue, bytes]] = {}
-
-    def encode(self, leaf: Leaf) -> Encoded:
-        """Raises `ValueError` for values JSON cannot say exactly."""
-        share = leaf.share
-        fields = tuple([quoted(v).encode() if type(v) is str else self._nested(v) for v in leaf.fields])
-        return Encoded(fields, share_bytes(canonical(share.teacher), share.split, share.tokens))
-
-    def _nested(self, value: JsonValue) -> bytes:
-        if type(value) is list and len(value) == 1 and type(value[0]) is str:  # one parent, another in each row
-            return f"[{quoted(value[0])}]".encode()
-        if not value or not (isinstance(value, dict) or (isinstance(value, list) and isinstance(value[0], list))):
-            return canonical(value)
-        known = self._known.get(id(value))
-        if known is None:
-            known = (value, canonical(value))
-            if len(self._known) < _REMEMBERED:
-                self._known[id(value)] = known  # holds the object, so no other gets its id
-        return known[1]
-
-
-_REMEMBERED = 1024
+        told = (f'"{name}":{value.decode()}' for name, value in zip(FIELDS, self.fields, strict=True))
+        return f"{{{','.join(told)}}}"
 
 
 def encode(leaf: Leaf) -> Encoded:
-    """The canonical bytes of one leaf."""
-    return Encoder().encode(leaf)
+    """The canonical bytes of one leaf. Raises `ValueError` for values JSON cannot say exactly."""
+    share = leaf.share
+    return Encoded(tuple(map(canonical, leaf.fields)), share_bytes(canonical(share.teacher), share.split, share.tokens))
 
 
 def share_bytes(teacher: bytes, split: str, tokens: int) -> bytes:
@@ -165,35 +139,12 @@ def share_bytes(teacher: bytes, split: str, tokens: int) -> bytes:
     return b'{"class":%b,"split":"%b","tokens":%d}' % (teacher, split.encode(), tokens)
 
 
-_OBJECT = b"{%b}" % b",".join(b'"%b":%%b' % name.encode() for name in FIELDS)
-_PREFIXES = tuple(bytes([len(name)]) + name.encode() for name in FIELDS)
-_SHARE = bytes([len(SHARE)]) + SHARE.encode()
-_LEAF_EXAMPLE = LEAF + _EXAMPLE
-_SALTS_AT = tuple(range(0, SALT * len(FIELDS), SALT))
-
-
 def commit(salts: Salts, row: int, encoded: Encoded) -> Committed:
     """The hashes of a row."""
     own = salts.row(row, len(FIELDS) + 1)
-    digests = [
-        sha256(_FIELD + salt + prefix + data).digest()
-        for salt, prefix, data in zip(own, _PREFIXES, encoded.fields, strict=False)
-    ]
-    private, share = root(digests, _NODE), field_digest(SHARE, own[-1], encoded.share)
+    digests = [field_digest(*field) for field in zip(FIELDS, own[:-1], encoded.fields, strict=True)]
+    private, share = root(digests, FIELD_NODE), field_digest(SHARE, own[-1], encoded.share)
     return Committed(own, digests, private, share, example_hash(private, share))
-
-
-def commit_hash(salts: Salts, row: int, encoded: Encoded) -> Hash:
-    """The hash of `commit` alone, in less time: sealing and verifying want no more of a million rows."""
-    data = salts.row_bytes(row, len(FIELDS) + 1)
-    level = [
-        sha256(_FIELD + data[at : at + SALT] + prefix + value).digest()
-        for at, prefix, value in zip(_SALTS_AT, _PREFIXES, encoded.fields, strict=True)
-    ]
-    while len(level) > 1:  # a whole tree: the number of fields is a power of two
-        level = [sha256(_NODE + a + b).digest() for a, b in zip(level[::2], level[1::2], strict=True)]
-    share = sha256(_FIELD + data[-SALT:] + _SHARE + encoded.share).digest()
-    return sha256(_LEAF_EXAMPLE + level[0] + share).digest()
 
 
 def salts_of(data: bytes) -> list[bytes]:

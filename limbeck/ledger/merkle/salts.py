@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hmac
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from limbeck.ledger.canonical import digest_bytes
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 SALT = 16
 """Bytes of a salt: 128 bits."""
+_ROW = b"limbeck/salts/1"
 
 
 class Salts:
@@ -40,12 +42,13 @@ class Salts:
 
     def row(self, row: int, count: int) -> list[bytes]:
         """The salts of a row's `count` fields, in the order of the fields."""
-        data = self.row_bytes(row, count)
+        data = expand(self.key, _ROW + row.to_bytes(8, "big"), SALT * count)
         return [data[i : i + SALT] for i in range(0, len(data), SALT)]
 
-    def row_bytes(self, row: int, count: int) -> bytes:
-        """The same, one after the other."""
-        return expand(self.key, b"limbeck/salts/1" + row.to_bytes(8, "big"), SALT * count)
+    def rows(self, first: int, rows: int, count: int) -> Iterator[bytes]:
+        """The same of each of so many rows, one after the other."""
+        (kind, hash_), key, length = _hkdf(), self.key, SALT * count
+        return (kind(hash_, length, _ROW + row.to_bytes(8, "big")).derive(key) for row in range(first, first + rows))
 
     def order(self) -> bytes:
         """The salt of the commitment to the seed of the data's order."""

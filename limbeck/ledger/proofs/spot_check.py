@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from limbeck.errors import InputError, Problem
-from limbeck.ledger.canonical import canonical, digest_bytes
+from limbeck.ledger.canonical import canonical, digest_bytes, digest_json
 from limbeck.ledger.merkle.fields import FIELDS, commit, encode, field_digest, fields_root, salts_of
 from limbeck.ledger.merkle.salts import SALT, Salts
 from limbeck.ledger.merkle.tree import Hash
@@ -99,8 +99,11 @@ def check_spot_check(document: SpotCheckDocument, manifest: ShareDocument, diges
     """That exactly the picked rows are opened, and as they were committed to. `digest` is that of the manifest's file.
     Raises `ValueError` with every reason.
     """
-    if document.share != digest or document.checkpoint != manifest.checkpoint:
-        raise ValueError(f"a spot-check of share {document.share}, not of {digest}")
+    if document.share != digest:
+        raise ValueError(f"a spot-check of share {document.share}, not of {digest}; {_OTHER_SHARE}")
+    if document.checkpoint != manifest.checkpoint:
+        own, due = (digest_json(one.model_dump(mode="json")) for one in (document.checkpoint, manifest.checkpoint))
+        raise ValueError(f"a spot-check at the checkpoint {own}, of a share at {due}; {_OTHER_SHARE}")
     checked = check_share(manifest)
     if not checked.total:
         raise ValueError("no tokens to pick from")
@@ -112,6 +115,12 @@ def check_spot_check(document: SpotCheckDocument, manifest: ShareDocument, diges
     if wrong:
         raise ValueError("; ".join(wrong[:20]))
     return SpotChecked(checked, document.draws, tuple(found))
+
+
+_OTHER_SHARE = (
+    "a share made after another checkpoint is another share: give the one that these rows were picked from, or have "
+    "rows opened for yours: limbeck ledger spot-check RUN --seed S --share FILE"
+)
 
 
 def _differs(opened: OpenedRow, manifest: ShareDocument, checked: CheckedShare) -> str:
