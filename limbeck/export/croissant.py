@@ -16,6 +16,7 @@ from limbeck.export.data_card import licence_of_data
 from limbeck.export.facts import Facts, FileSeen, TeacherTold
 from limbeck.export.licences import address, spdx_id
 from limbeck.export.properties import ledger_properties, teacher_properties, use_properties
+from limbeck.export.teachers import drawn, reached, written
 
 Object = dict[str, JsonValue]
 
@@ -112,7 +113,6 @@ _RECORDS = {
 
 def croissant(facts: Facts) -> str:
     """The document, as JSON text."""
-    first, last = min(t.first for t in facts.teachers), max(t.last for t in facts.teachers)
     licence = licence_of_data(facts)
     known = spdx_id(licence) if licence else None
     shares = ", ".join(f"{t.seen.name} {100 * t.share:.4g} %" for t in facts.teachers)
@@ -132,8 +132,8 @@ def croissant(facts: Facts) -> str:
         "creator": [_person(key) for key in facts.ledger.keys] or [_person(None)],
         "distribution": [_distributed(file) for file in facts.tables if file.name.removesuffix(".parquet") in _RECORDS],
         "recordSet": [_record_set(name) for name in _RECORDS],
-        **_rai(facts, f"{first}", f"{last}"),
-        "prov:wasGeneratedBy": [_collecting(facts, t) for t in facts.teachers],
+        **_rai(facts),
+        "prov:wasGeneratedBy": [_collecting(t) for t in facts.teachers],
         "prov:wasDerivedFrom": [{"@type": "prov:Entity", "prov:label": s.source} for s in facts.evidence.sources],
         "prov:wasAttributedTo": [_agent(t) for t in facts.teachers],
         **_usage(facts),
@@ -185,16 +185,17 @@ def _field(name: str, column: _Column) -> Object:
     return told
 
 
-def _rai(facts: Facts, first: str, last: str) -> Object:
+def _rai(facts: Facts) -> Object:
     """Responsible AI, in the words of Croissant RAI 1.0."""
     recipe = facts.evidence.recipe
     drops = ", ".join(f"{d.filter} ({d.answers})" for d in facts.evidence.dropped) or "none"
+    days: list[JsonValue] = sorted({f"{day}" for t in facts.teachers for day in (t.first, t.last) if day})
     return {
-        "rai:dataCollection": "Language models answered prompts; every answer was journaled before it was parsed.",
+        "rai:dataCollection": f"{_how(facts)} {drawn(facts.evidence)}",
         "rai:dataCollectionType": ["Software Collection", "Others: answers of language models"],
-        "rai:dataCollectionTimeFrame": [first, last],
-        "rai:dataCollectionRawData": "journal.db of the run holds the raw answers",
-        "rai:dataPreprocessingProtocol": [f"answers were dropped by these filters: {drops}"],
+        **({"rai:dataCollectionTimeFrame": [days[0], days[-1]]} if days else {}),
+        "rai:dataCollectionRawData": "journal.db of the run holds the raw bytes of each answer",
+        "rai:dataPreprocessingProtocol": [f"Filters that dropped answers: {drops}."],
         "rai:machineAnnotationTools": [t.seen.name for t in facts.teachers],
         "rai:hasSyntheticData": True,
         "rai:dataUseCases": [f"training {facts.name}: {recipe.use.purpose}, {recipe.use.distribution}"],
@@ -204,13 +205,18 @@ def _rai(facts: Facts, first: str, last: str) -> Object:
     }
 
 
-def _collecting(facts: Facts, teacher: TeacherTold) -> Object:
-    recipe = facts.evidence.recipe
+def _how(facts: Facts) -> str:
+    """By which way each teacher's answers came."""
+    ways = "; ".join(f"{t.seen.name}: {reached(t.seen)}, written {written(t.first, t.last)}" for t in facts.teachers)
+    return f"Language models answered prompts ({ways}). Every answer was journaled before it was parsed."
+
+
+def _collecting(teacher: TeacherTold) -> Object:
+    days = {"prov:startedAtTime": f"{teacher.first}", "prov:endedAtTime": f"{teacher.last}"} if teacher.first else {}
     return {
         "@type": "prov:Activity",
-        "prov:label": f"answers of {teacher.seen.name}, temperature {recipe.collect.temperature:g}",
-        "prov:startedAtTime": f"{teacher.first}",
-        "prov:endedAtTime": f"{teacher.last}",
+        "prov:label": f"answers of {teacher.seen.name}, {reached(teacher.seen)}",
+        **days,
         "prov:wasAssociatedWith": {"@type": "prov:SoftwareAgent", "prov:label": teacher.seen.name},
     }
 

@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from limbeck.evaluate.answers import Answers, read_answers
 from limbeck.evaluate.scores import read_scores, score_of
+from limbeck.export.words import several
 from limbeck.ledger.signing.checkpoints import checkpoints
 from limbeck.ledger.signing.notes import notes
 from limbeck.ledger.store import Ledger, entry_digest
-from limbeck.recipe import Recipe
+from limbeck.recipe import FileTeacher, Recipe
 from limbeck.records import Completion, Digest, Entry, Prompt, Score, Split, Verdict
 from limbeck.render.examples import read_examples
 from limbeck.rundir import RunDir
@@ -56,6 +57,12 @@ class TeacherSeen(NamedTuple):
     """Tokens of training examples that it wrote."""
     share: float
     """Of all supervised tokens of training examples."""
+    file: str | None = None
+    """The file that had its answers already, where it was not asked."""
+    batched: int = 0
+    """Answers that came by its provider's batch API."""
+    batches: int = 0
+    """Batches in which those came."""
 
 
 class DroppedAnswer(NamedTuple):
@@ -146,20 +153,30 @@ class NoteSeen(NamedTuple):
     """Whether its signature holds."""
 
 
-class Trust(NamedTuple):
-    """Who signed the ledger, as far as it was signed."""
+class LedgerTold(NamedTuple):
+    """The ledger in figures that somebody else can check, and who signed it, as far as it was signed."""
 
+    entries: int
+    head: str
+    """Digest of the last entry; empty where there is none."""
+    root: str
+    """Root of the tree at the last checkpoint, or now where nothing is signed; 64 hexadecimal digits."""
+    size: int
+    """Leaves under that root."""
+    signed: str | None
+    """When the last checkpoint was signed, by the signer's clock."""
     keys: tuple[str, ...]
+    """Public keys (Ed25519) that signed; 64 hexadecimal digits each."""
     checkpoints: int
     stamps: int
     """Time-stamps that lie in it; whether their authorities vouch for them is not looked at here."""
 
     @property
-    def words(self) -> str:
-        """In a few words."""
+    def trust(self) -> str:
+        """What that is worth, in a few words."""
         if not self.checkpoints:
             return "unsigned and unanchored"
-        signed = f"signed at {self.checkpoints} checkpoints"
+        signed = f"signed at {several(self.checkpoints, 'checkpoint')}"
         return f"{signed}, with time-stamps to be checked" if self.stamps else f"{signed} and unanchored"
 
 
@@ -183,7 +200,7 @@ class Evidence:
     """By subject: `student`, `before`, `teacher`."""
     notes: tuple[NoteSeen, ...]
     """Signed notes, oldest first."""
-    trust: Trust
+    ledger: LedgerTold
     rulings: Rulings | None
     """What the terms gate said; None where it was not asked."""
 
@@ -231,8 +248,9 @@ def read_evidence(recipe: Recipe, run: RunDir) -> Evidence:
     """Read a RUN directory as far as the evaluation has come."""
     with Ledger(run / "ledger.db", read_only=True) as ledger:
         entries = tuple(ledger.entries())
+        told = _ledger(entries, ledger.tree.root().hex(), ledger.tree.size)
     facts = next((e.facts for e in reversed(entries) if e.stage == "evaluate"), {})
-    teachers, dropped = _answers(run)
+    teachers, dropped = _answers(recipe, run)
     present = (run / "answers.json").exists()
     return Evidence(
         recipe=recipe,
@@ -247,7 +265,7 @@ def read_evidence(recipe: Recipe, run: RunDir) -> Evidence:
         sizes=_typed(facts.get("models"), Size),
         speeds=_typed(facts.get("reading_ms_a_token"), Speed),
         notes=_notes(entries),
-        trust=_trust(entries),
+        ledger=told,
         rulings=rulings_of(run.root),
     )
 
@@ -266,10 +284,20 @@ def _notes(entries: tuple[Entry, ...]) -> tuple[NoteSeen, ...]:
     )
 
 
-def _trust(entries: tuple[Entry, ...]) -> Trust:
+def _ledger(entries: tuple[Entry, ...], root: str, size: int) -> LedgerTold:
     made = [one for one in checkpoints(entries) if one.envelope.signed()]
-    stamps = sum(entry.stage == "timestamp" for entry in entries)
-    return Trust(tuple(sorted({one.envelope.keyid for one in made})), len(made), stamps)
+    if made:
+        root, size = made[-1].statement.root.hex(), made[-1].statement.predicate.size
+    return LedgerTold(
+        entries=len(entries),
+        head=entry_digest(entries[-1]) if entries else "",
+        root=root,
+        size=size,
+        signed=made[-1].statement.predicate.at if made else None,
+        keys=tuple(sorted({one.envelope.keyid for one in made})),
+        checkpoints=len(made),
+        stamps=sum(entry.stage == "timestamp" for entry in entries),
+    )
 
 
 def _sources(run: RunDir) -> tuple[PromptSource, ...]:
@@ -279,7 +307,7 @@ def _sources(run: RunDir) -> tuple[PromptSource, ...]:
     return tuple(PromptSource(*key, n[Split.TRAIN], n[Split.HELD_OUT]) for key, n in counts.items())
 
 
-def _answers(run: RunDir) -> tuple[tuple[TeacherSeen, ...], tuple[Dropped, ...]]:
+def _answers(recipe: Recipe, run: RunDir) -> tuple[tuple[TeacherSeen, ...], tuple[Dropped, ...]]:
     """Who answered and how much of it was used; what was dropped, most often dropped first."""
     verdicts = {v.completion: v for v in read_records(run / "verdicts.parquet", Verdict)}
     supervised: Counter[str] = Counter()
@@ -289,10 +317,13 @@ def _answers(run: RunDir) -> tuple[tuple[TeacherSeen, ...], tuple[Dropped, ...]]
     answers: Counter[str] = Counter()
     kept: Counter[str] = Counter()
     drops: Counter[str] = Counter()
+    batches: dict[str, Counter[str]] = {}
     shown: dict[str, list[DroppedAnswer]] = {}
     for completion in read_records(run / "completions.parquet", Completion):
         identities.setdefault(completion.teacher, completion)
         answers[completion.teacher] += 1
+        if completion.batch is not None:
+            batches.setdefault(completion.teacher, Counter())[completion.batch] += 1
         verdict = verdicts[completion.id]
         kept[completion.teacher] += verdict.keep
         if not verdict.keep:
@@ -302,6 +333,7 @@ def _answers(run: RunDir) -> tuple[tuple[TeacherSeen, ...], tuple[Dropped, ...]]
                 one = DroppedAnswer(asked, completion.text, verdict.reason)
                 shown.setdefault(verdict.filter, []).append(one)
     total = supervised.total()
+    files = {t.name: t.path for t in recipe.teachers if isinstance(t, FileTeacher)}
     teachers = tuple(
         TeacherSeen(
             name=name,
@@ -314,6 +346,9 @@ def _answers(run: RunDir) -> tuple[tuple[TeacherSeen, ...], tuple[Dropped, ...]]
             kept=kept[name],
             supervised=supervised[name],
             share=supervised[name] / total if total else 0.0,
+            file=files.get(name),
+            batched=batches[name].total() if name in batches else 0,
+            batches=len(batches.get(name, ())),
         )
         for name, one in identities.items()
     )
