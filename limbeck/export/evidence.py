@@ -6,7 +6,7 @@ Nothing here is estimated: a figure is counted from the records, read from a led
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -40,6 +40,8 @@ class PromptSource(NamedTuple):
     """The model that wrote them, if one did."""
     train: int
     held_out: int
+    images: int = 0
+    """In prompts to train on."""
 
 
 class TeacherSeen(NamedTuple):
@@ -193,6 +195,8 @@ class Evidence:
     dropped: tuple[Dropped, ...]
     scores: tuple[Score, ...]
     answers: tuple[Answers, ...]
+    cut_short: frozenset[str]
+    """Digests of the prompts of `answers` whose answer by the teacher ran into the most tokens it was allowed."""
     training: Training
     sizes: Mapping[str, Size]
     """By subject: `student`, `before`, `teacher:NAME`."""
@@ -250,8 +254,8 @@ def read_evidence(recipe: Recipe, run: RunDir) -> Evidence:
         entries = tuple(ledger.entries())
         told = _ledger(entries, ledger.tree.root().hex(), ledger.tree.size)
     facts = next((e.facts for e in reversed(entries) if e.stage == "evaluate"), {})
-    teachers, dropped = _answers(recipe, run)
-    present = (run / "answers.json").exists()
+    answers = tuple(read_answers(run / "answers.json")) if (run / "answers.json").exists() else ()
+    teachers, dropped, cut_short = _answers(recipe, run, {(a.prompt_id, a.teacher_name, a.teacher) for a in answers})
     return Evidence(
         recipe=recipe,
         entries=entries,
@@ -260,7 +264,8 @@ def read_evidence(recipe: Recipe, run: RunDir) -> Evidence:
         teachers=teachers,
         dropped=dropped,
         scores=tuple(read_scores(run / "scores.json")),
-        answers=tuple(read_answers(run / "answers.json")) if present else (),
+        answers=answers,
+        cut_short=cut_short,
         training=Training.model_validate_json((run / "training.json").read_bytes()),
         sizes=_typed(facts.get("models"), Size),
         speeds=_typed(facts.get("reading_ms_a_token"), Speed),
@@ -302,13 +307,21 @@ def _ledger(entries: tuple[Entry, ...], root: str, size: int) -> LedgerTold:
 
 def _sources(run: RunDir) -> tuple[PromptSource, ...]:
     counts: dict[tuple[str, str, str | None], Counter[Split]] = {}
+    images: Counter[tuple[str, str, str | None]] = Counter()
     for prompt in read_records(run / "prompts.parquet", Prompt):
-        counts.setdefault((prompt.source, prompt.licence, prompt.writer), Counter())[prompt.split] += 1
-    return tuple(PromptSource(*key, n[Split.TRAIN], n[Split.HELD_OUT]) for key, n in counts.items())
+        key = (prompt.source, prompt.licence, prompt.writer)
+        counts.setdefault(key, Counter())[prompt.split] += 1
+        images[key] += sum(message.images for message in prompt.messages) * (prompt.split is Split.TRAIN)
+    return tuple(PromptSource(*key, n[Split.TRAIN], n[Split.HELD_OUT], images[key]) for key, n in counts.items())
 
 
-def _answers(recipe: Recipe, run: RunDir) -> tuple[tuple[TeacherSeen, ...], tuple[Dropped, ...]]:
-    """Who answered and how much of it was used; what was dropped, most often dropped first."""
+def _answers(
+    recipe: Recipe, run: RunDir, side_by_side: Set[tuple[Digest, str, str]]
+) -> tuple[tuple[TeacherSeen, ...], tuple[Dropped, ...], frozenset[str]]:
+    """Who answered and how much of it was used; what was dropped, most often dropped first; and the prompts of those
+    side by side (prompt, teacher, answer) that were cut off.
+    """
+    cut_short: set[str] = set()
     verdicts = {v.completion: v for v in read_records(run / "verdicts.parquet", Verdict)}
     supervised: Counter[str] = Counter()
     for example in read_examples(run / "examples").train:
@@ -322,6 +335,9 @@ def _answers(recipe: Recipe, run: RunDir) -> tuple[tuple[TeacherSeen, ...], tupl
     for completion in read_records(run / "completions.parquet", Completion):
         identities.setdefault(completion.teacher, completion)
         answers[completion.teacher] += 1
+        said = (completion.prompt_id, completion.teacher, completion.text)
+        if completion.finish_reason == "length" and said in side_by_side:
+            cut_short.add(completion.prompt_id)
         if completion.batch is not None:
             batches.setdefault(completion.teacher, Counter())[completion.batch] += 1
         verdict = verdicts[completion.id]
@@ -352,7 +368,8 @@ def _answers(recipe: Recipe, run: RunDir) -> tuple[tuple[TeacherSeen, ...], tupl
         )
         for name, one in identities.items()
     )
-    return teachers, tuple(Dropped(name, n, tuple(shown[name])) for name, n in drops.most_common())
+    dropped = tuple(Dropped(name, n, tuple(shown[name])) for name, n in drops.most_common())
+    return teachers, dropped, frozenset(cut_short)
 
 
 def _typed(value: JsonValue, kind: type[T]) -> dict[str, T]:
