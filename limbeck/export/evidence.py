@@ -14,8 +14,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from limbeck.evaluate.answers import Answers, read_answers
 from limbeck.evaluate.scores import read_scores, score_of
-from limbeck.export.words import several
-from limbeck.ledger.signing.checkpoints import checkpoints
+from limbeck.export.ledger import LedgerTold, ledger_told
 from limbeck.ledger.signing.notes import notes
 from limbeck.ledger.store import Ledger, entry_digest
 from limbeck.recipe import FileTeacher, Recipe
@@ -155,33 +154,6 @@ class NoteSeen(NamedTuple):
     """Whether its signature holds."""
 
 
-class LedgerTold(NamedTuple):
-    """The ledger in figures that somebody else can check, and who signed it, as far as it was signed."""
-
-    entries: int
-    head: str
-    """Digest of the last entry; empty where there is none."""
-    root: str
-    """Root of the tree at the last checkpoint, or now where nothing is signed; 64 hexadecimal digits."""
-    size: int
-    """Leaves under that root."""
-    signed: str | None
-    """When the last checkpoint was signed, by the signer's clock."""
-    keys: tuple[str, ...]
-    """Public keys (Ed25519) that signed; 64 hexadecimal digits each."""
-    checkpoints: int
-    stamps: int
-    """Time-stamps that lie in it; whether their authorities vouch for them is not looked at here."""
-
-    @property
-    def trust(self) -> str:
-        """What that is worth, in a few words."""
-        if not self.checkpoints:
-            return "unsigned and unanchored"
-        signed = f"signed at {several(self.checkpoints, 'checkpoint')}"
-        return f"{signed}, with time-stamps to be checked" if self.stamps else f"{signed} and unanchored"
-
-
 @dataclass(frozen=True)
 class Evidence:
     """A run, as its records tell it."""
@@ -252,7 +224,7 @@ def read_evidence(recipe: Recipe, run: RunDir) -> Evidence:
     """Read a RUN directory as far as the evaluation has come."""
     with Ledger(run / "ledger.db", read_only=True) as ledger:
         entries = tuple(ledger.entries())
-        told = _ledger(entries, ledger.tree.root().hex(), ledger.tree.size)
+        told = ledger_told(ledger, entries)
     facts = next((e.facts for e in reversed(entries) if e.stage == "evaluate"), {})
     answers = tuple(read_answers(run / "answers.json")) if (run / "answers.json").exists() else ()
     teachers, dropped, cut_short = _answers(recipe, run, {(a.prompt_id, a.teacher_name, a.teacher) for a in answers})
@@ -286,22 +258,6 @@ def _notes(entries: tuple[Entry, ...]) -> tuple[NoteSeen, ...]:
             one.envelope.signed(),
         )
         for one in notes(entries)
-    )
-
-
-def _ledger(entries: tuple[Entry, ...], root: str, size: int) -> LedgerTold:
-    made = [one for one in checkpoints(entries) if one.envelope.signed()]
-    if made:
-        root, size = made[-1].statement.root.hex(), made[-1].statement.predicate.size
-    return LedgerTold(
-        entries=len(entries),
-        head=entry_digest(entries[-1]) if entries else "",
-        root=root,
-        size=size,
-        signed=made[-1].statement.predicate.at if made else None,
-        keys=tuple(sorted({one.envelope.keyid for one in made})),
-        checkpoints=len(made),
-        stamps=sum(entry.stage == "timestamp" for entry in entries),
     )
 
 
