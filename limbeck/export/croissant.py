@@ -76,6 +76,12 @@ class _Column(NamedTuple):
 
 
 _TEXT, _WHOLE, _YES, _TIME = "sc:Text", "sc:Integer", "sc:Boolean", "sc:DateTime"
+_ANSWER = (
+    _Column("prompt_id", _TEXT, "The prompt that was answered"),
+    _Column("sample", _WHOLE, "Number of the answer to that prompt"),
+    _Column("teacher", _TEXT, "The model that was asked"),
+)
+"""What an answer is named by."""
 _RECORDS = {
     "prompts": (
         _Column("id", _TEXT, "Digest of the messages"),
@@ -86,9 +92,7 @@ _RECORDS = {
         _Column("writer", _TEXT, "The teacher that wrote the prompt, if one did"),
     ),
     "completions": (
-        _Column("prompt_id", _TEXT, "The prompt that was answered"),
-        _Column("sample", _WHOLE, "Number of the answer to that prompt"),
-        _Column("teacher", _TEXT, "The model that was asked"),
+        *_ANSWER,
         _Column("text", _TEXT, "The answer"),
         _Column("reasoning", _TEXT, "What the teacher thought before, where it says so apart"),
         _Column("finish_reason", _TEXT, "Why the answer ended"),
@@ -98,12 +102,11 @@ _RECORDS = {
         _Column("weights", _TEXT, "Digest of its weights, where they were at hand"),
         _Column("terms", _TEXT, "Terms that the answer is used under"),
         _Column("created", _TIME, "When it was written down"),
+        _Column("batch", _TEXT, "The provider's batch in which it came, if it came in one"),
         _Column("split", _TEXT, "train or held_out"),
     ),
     "verdicts": (
-        _Column("prompt_id", _TEXT, "The prompt that was answered"),
-        _Column("sample", _WHOLE, "Number of the answer to that prompt"),
-        _Column("teacher", _TEXT, "The model that was asked"),
+        *_ANSWER,
         _Column("keep", _YES, "Whether the answer was kept"),
         _Column("filter", _TEXT, "What dropped it"),
         _Column("reason", _TEXT, "Why"),
@@ -161,7 +164,7 @@ def _distributed(file: FileSeen) -> Object:
 
 def _record_set(name: str) -> Object:
     columns = _RECORDS[name]
-    key: list[JsonValue] = [{"@id": f"{name}/{part}"} for part in ("prompt_id", "sample", "teacher")]
+    key: list[JsonValue] = [{"@id": f"{name}/{part.name}"} for part in _ANSWER]
     return {
         "@type": "cr:RecordSet",
         "@id": name,
@@ -189,7 +192,7 @@ def _rai(facts: Facts) -> Object:
     """Responsible AI, in the words of Croissant RAI 1.0."""
     recipe = facts.evidence.recipe
     drops = ", ".join(f"{d.filter} ({d.answers})" for d in facts.evidence.dropped) or "none"
-    days: list[JsonValue] = sorted({f"{day}" for t in facts.teachers for day in (t.first, t.last) if day})
+    days = sorted({f"{day}" for t in facts.teachers for day in (t.first, t.last) if day})
     return {
         "rai:dataCollection": f"{_how(facts)} {drawn(facts.evidence)}",
         "rai:dataCollectionType": ["Software Collection", "Others: answers of language models"],
