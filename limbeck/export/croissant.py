@@ -69,6 +69,10 @@ _CONTEXT: Object = {
 """The terms of Croissant 1.1, with PROV's and ours."""
 
 
+_TIMEFRAME = ("rai:dataCollectionTimeframe", "rai:dataCollectionTimeFrame")
+"""The first is what the vocabulary has, the second what mlcroissant and the spec's prose call it."""
+
+
 class _Column(NamedTuple):
     name: str
     kind: str
@@ -192,11 +196,11 @@ def _rai(facts: Facts) -> Object:
     """Responsible AI, in the words of Croissant RAI 1.0."""
     recipe = facts.evidence.recipe
     drops = ", ".join(f"{d.filter} ({d.answers})" for d in facts.evidence.dropped) or "none"
-    days = sorted({f"{day}" for t in facts.teachers for day in (t.first, t.last) if day})
+    days: list[JsonValue] = [*sorted({f"{day}" for t in facts.teachers for day in (t.first, t.last) if day})]
     return {
         "rai:dataCollection": f"{_how(facts)} {drawn(facts.evidence)}",
-        "rai:dataCollectionType": ["Software Collection", "Others: answers of language models"],
-        **({"rai:dataCollectionTimeFrame": [days[0], days[-1]]} if days else {}),
+        "rai:dataCollectionType": _types(facts),
+        **dict.fromkeys(_TIMEFRAME if days else (), days[:1] + days[-1:]),
         "rai:dataCollectionRawData": "journal.db of the run holds the raw bytes of each answer",
         "rai:dataPreprocessingProtocol": [f"Filters that dropped answers: {drops}."],
         "rai:machineAnnotationTools": [t.seen.name for t in facts.teachers],
@@ -206,6 +210,17 @@ def _rai(facts: Facts) -> Object:
         "rai:dataLimitations": "Whether answers are true, safe or fair was not measured.",
         "rai:personalSensitiveInformation": "Not looked for, unless a filter named above does.",
     }
+
+
+def _types(facts: Facts) -> list[JsonValue]:
+    """Of the values that the vocabulary recommends, those for models run here, asked over HTTP, and read from files."""
+    seen = [t.seen for t in facts.teachers]
+    found: list[tuple[bool, JsonValue]] = [
+        (any(one.weights for one in seen), "Software Collection"),
+        (any(not one.weights and not one.file for one in seen), "Web API"),
+        (any(one.file for one in seen), "Secondary Data analysis"),
+    ]
+    return [name for there, name in found if there]
 
 
 def _how(facts: Facts) -> str:
