@@ -97,6 +97,14 @@ def test_nothing_says_that_answers_of_a_file_were_drawn_here(facts, name):
     assert "how they were drawn is not recorded" in text
 
 
+@pytest.mark.parametrize("name", sorted(MAKE))
+def test_no_document_says_in_which_directory_prompts_lay(facts, name):
+    (source,) = facts.evidence.sources
+    assert Path(source.source).is_absolute()
+    assert source.source not in text_of(name, facts)
+    assert Path(source.source).name in text_of(name, facts)
+
+
 def test_the_card_names_root_and_signer_and_its_command_checks_the_run(mixed):
     run, _ = mixed
     with Ledger(run / "ledger.db", read_only=True) as ledger:

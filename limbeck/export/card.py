@@ -18,7 +18,7 @@ from limbeck.errors import ModelError
 from limbeck.evaluate.scores import NAMES
 from limbeck.export.evidence import Evidence, read_evidence
 from limbeck.export.pruning import kept_of, narrowed
-from limbeck.export.teachers import drawn, reached
+from limbeck.export.teachers import drawn, reached, source_name
 from limbeck.export.words import duration, interval, markdown, number, one_line, percent, several, size
 from limbeck.ledger.canonical import CARD
 from limbeck.recipe import OnPolicy, PrunedStudent, Recipe
@@ -185,6 +185,7 @@ def environment() -> Environment:
     )
     made.filters |= {
         "interval": interval, "number": number, "percent": percent, "reached": reached, "several": several,
+        "source_name": source_name,
         "size": size,
     }  # fmt: skip
     return made

@@ -16,7 +16,7 @@ from limbeck.export.data_card import licence_of_data
 from limbeck.export.facts import Facts, FileSeen, TeacherTold
 from limbeck.export.licences import address, spdx_id
 from limbeck.export.properties import ledger_properties, teacher_properties, use_properties
-from limbeck.export.teachers import drawn, reached, written
+from limbeck.export.teachers import drawn, reached, source_name, written
 
 Object = dict[str, JsonValue]
 
@@ -141,7 +141,9 @@ def croissant(facts: Facts) -> str:
         "recordSet": [_record_set(name) for name in _RECORDS],
         **_rai(facts),
         "prov:wasGeneratedBy": [_collecting(t) for t in facts.teachers],
-        "prov:wasDerivedFrom": [{"@type": "prov:Entity", "prov:label": s.source} for s in facts.evidence.sources],
+        "prov:wasDerivedFrom": [
+            {"@type": "prov:Entity", "prov:label": source_name(s.source)} for s in facts.evidence.sources
+        ],
         "prov:wasAttributedTo": [_agent(t) for t in facts.teachers],
         **_usage(facts),
         **_told([*ledger_properties(facts), *use_properties(facts)]),

@@ -16,7 +16,7 @@ from limbeck.export.card import environment
 from limbeck.export.evidence import PromptSource
 from limbeck.export.facts import Facts, TeacherTold
 from limbeck.export.licences import address
-from limbeck.export.teachers import drawn, reached, written
+from limbeck.export.teachers import drawn, reached, source_name, written
 from limbeck.export.words import percent, several
 from limbeck.terms.gate import Outcome
 
@@ -79,7 +79,7 @@ def _provider() -> Section:
 
 def _model(facts: Facts) -> Section:
     pruned = facts.evidence.recipe.student.kind == "pruned"
-    began = _short(facts.base)
+    began = source_name(facts.base)
     base = f"Its weights began as those of {began}, {'with parts removed' if pruned else 'whole'}. This summary is of "
     base += "what it was trained on after that."
     if facts.base_digest:
@@ -123,17 +123,12 @@ def _taken(facts: Facts, taken: list[PromptSource]) -> tuple[Answer, ...]:
         return ()
     digests = facts.evidence.entries[0].inputs if facts.evidence.entries else {}
     told = "; ".join(
-        f"{_short(s.source)} ({several(s.train, 'prompt')} to train on, licence {s.licence}"
+        f"{source_name(s.source)} ({several(s.train, 'prompt')} to train on, licence {s.licence}"
         + (f", {digests[key]}" if (key := f"prompts:{s.source}") in digests else "") + ")"
         for s in taken
     )  # fmt: skip
     return (Answer("Files and data sets that prompts were taken from", f"{told}.",
                    "which of 2.1, 2.2, 2.3, 2.4 and 2.6 each belongs under; the ledger does not know"),)  # fmt: skip
-
-
-def _short(source: str) -> str:
-    """A file without the directories it lay in, which are nobody else's business."""
-    return PurePath(source).name if source.startswith("/") else source
 
 
 def _sources(taken: bool) -> list[Section]:

@@ -22,7 +22,7 @@ from limbeck.export.card import settings_of
 from limbeck.export.facts import Facts, FileSeen, TeacherTold
 from limbeck.export.licences import address, licence_ref, spdx_id
 from limbeck.export.properties import PREFIX, ledger_properties, teacher_properties, use_properties
-from limbeck.export.teachers import drawn, reached, written
+from limbeck.export.teachers import drawn, reached, source_name, written
 
 Object = dict[str, JsonValue]
 
@@ -230,9 +230,9 @@ class _Document:
             one = self.add(
                 name,
                 "dataset_DatasetPackage",
-                name=f"prompts from {source.source}",
+                name=f"prompts from {source_name(source.source)}",
                 dataset_datasetType=["text"],
-                dataset_dataCollectionProcess=f"From {source.source}{by}.",
+                dataset_dataCollectionProcess=f"From {source_name(source.source)}{by}.",
                 dataset_datasetSize=source.train,
                 software_downloadLocation=_NOWHERE,
                 software_primaryPurpose="data",

@@ -19,6 +19,11 @@ def reached(seen: TeacherSeen) -> str:
     return f"{where}, {in_batches(seen)}" if seen.batched else where
 
 
+def source_name(source: str) -> str:
+    """A file of prompts without the directories it lay in, which are nobody else's business."""
+    return PurePath(source).name if PurePath(source).is_absolute() else source
+
+
 def in_batches(seen: TeacherSeen) -> str:
     """How many answers came by the provider's batch API."""
     share = "all answers" if seen.batched == seen.answers else f"{seen.batched:,} of {several(seen.answers, 'answer')}"
