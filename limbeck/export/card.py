@@ -18,6 +18,7 @@ from limbeck.errors import ModelError
 from limbeck.evaluate.scores import NAMES
 from limbeck.export.evidence import Evidence, read_evidence
 from limbeck.export.pruning import kept_of, narrowed
+from limbeck.export.teachers import drawn, reached, source_name
 from limbeck.export.words import duration, interval, markdown, number, one_line, percent, several, size
 from limbeck.ledger.canonical import CARD
 from limbeck.recipe import OnPolicy, PrunedStudent, Recipe
@@ -83,10 +84,20 @@ def card_text(evidence: Evidence, licence: str | None) -> str:
         drops=drops,
         settings=settings_of(evidence),
         scores=scores,
-        unscored=[score for score in evidence.scores if score.value is None],
+        drawn=drawn(evidence),
+        unscored=_unscored(evidence),
         latest=evidence.latest,
         words=shown(evidence.rulings.obligations) if evidence.rulings else [],
     )  # fmt: skip
+
+
+def _unscored(evidence: Evidence) -> list[tuple[str, str]]:
+    """Each reason why something could not be scored, and the scores that it is the reason for."""
+    found: dict[str, list[str]] = {}
+    for score in evidence.scores:
+        if score.value is None:
+            found.setdefault(score.unscored or "no reason given", []).append(f"{score.name} of {score.subject}")
+    return [(why, ", ".join(which)) for why, which in found.items()]
 
 
 def _kept(evidence: Evidence) -> str:
@@ -173,6 +184,8 @@ def environment() -> Environment:
         keep_trailing_newline=True,
     )
     made.filters |= {
-        "interval": interval, "number": number, "percent": percent, "several": several, "size": size,
+        "interval": interval, "number": number, "percent": percent, "reached": reached, "several": several,
+        "source_name": source_name,
+        "size": size,
     }  # fmt: skip
     return made

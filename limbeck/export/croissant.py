@@ -16,6 +16,7 @@ from limbeck.export.data_card import licence_of_data
 from limbeck.export.facts import Facts, FileSeen, TeacherTold
 from limbeck.export.licences import address, spdx_id
 from limbeck.export.properties import ledger_properties, teacher_properties, use_properties
+from limbeck.export.teachers import drawn, reached, source_name, written
 
 Object = dict[str, JsonValue]
 
@@ -68,6 +69,10 @@ _CONTEXT: Object = {
 """The terms of Croissant 1.1, with PROV's and ours."""
 
 
+_TIMEFRAME = ("rai:dataCollectionTimeframe", "rai:dataCollectionTimeFrame")
+"""The first is what the vocabulary has, the second what mlcroissant and the spec's prose call it."""
+
+
 class _Column(NamedTuple):
     name: str
     kind: str
@@ -75,6 +80,12 @@ class _Column(NamedTuple):
 
 
 _TEXT, _WHOLE, _YES, _TIME = "sc:Text", "sc:Integer", "sc:Boolean", "sc:DateTime"
+_ANSWER = (
+    _Column("prompt_id", _TEXT, "The prompt that was answered"),
+    _Column("sample", _WHOLE, "Number of the answer to that prompt"),
+    _Column("teacher", _TEXT, "The model that was asked"),
+)
+"""What an answer is named by."""
 _RECORDS = {
     "prompts": (
         _Column("id", _TEXT, "Digest of the messages"),
@@ -85,9 +96,7 @@ _RECORDS = {
         _Column("writer", _TEXT, "The teacher that wrote the prompt, if one did"),
     ),
     "completions": (
-        _Column("prompt_id", _TEXT, "The prompt that was answered"),
-        _Column("sample", _WHOLE, "Number of the answer to that prompt"),
-        _Column("teacher", _TEXT, "The model that was asked"),
+        *_ANSWER,
         _Column("text", _TEXT, "The answer"),
         _Column("reasoning", _TEXT, "What the teacher thought before, where it says so apart"),
         _Column("finish_reason", _TEXT, "Why the answer ended"),
@@ -97,12 +106,11 @@ _RECORDS = {
         _Column("weights", _TEXT, "Digest of its weights, where they were at hand"),
         _Column("terms", _TEXT, "Terms that the answer is used under"),
         _Column("created", _TIME, "When it was written down"),
+        _Column("batch", _TEXT, "The provider's batch in which it came, if it came in one"),
         _Column("split", _TEXT, "train or held_out"),
     ),
     "verdicts": (
-        _Column("prompt_id", _TEXT, "The prompt that was answered"),
-        _Column("sample", _WHOLE, "Number of the answer to that prompt"),
-        _Column("teacher", _TEXT, "The model that was asked"),
+        *_ANSWER,
         _Column("keep", _YES, "Whether the answer was kept"),
         _Column("filter", _TEXT, "What dropped it"),
         _Column("reason", _TEXT, "Why"),
@@ -112,7 +120,6 @@ _RECORDS = {
 
 def croissant(facts: Facts) -> str:
     """The document, as JSON text."""
-    first, last = min(t.first for t in facts.teachers), max(t.last for t in facts.teachers)
     licence = licence_of_data(facts)
     known = spdx_id(licence) if licence else None
     shares = ", ".join(f"{t.seen.name} {100 * t.share:.4g} %" for t in facts.teachers)
@@ -132,9 +139,11 @@ def croissant(facts: Facts) -> str:
         "creator": [_person(key) for key in facts.ledger.keys] or [_person(None)],
         "distribution": [_distributed(file) for file in facts.tables if file.name.removesuffix(".parquet") in _RECORDS],
         "recordSet": [_record_set(name) for name in _RECORDS],
-        **_rai(facts, f"{first}", f"{last}"),
-        "prov:wasGeneratedBy": [_collecting(facts, t) for t in facts.teachers],
-        "prov:wasDerivedFrom": [{"@type": "prov:Entity", "prov:label": s.source} for s in facts.evidence.sources],
+        **_rai(facts),
+        "prov:wasGeneratedBy": [_collecting(t) for t in facts.teachers],
+        "prov:wasDerivedFrom": [
+            {"@type": "prov:Entity", "prov:label": source_name(s.source)} for s in facts.evidence.sources
+        ],
         "prov:wasAttributedTo": [_agent(t) for t in facts.teachers],
         **_usage(facts),
         **_told([*ledger_properties(facts), *use_properties(facts)]),
@@ -161,7 +170,7 @@ def _distributed(file: FileSeen) -> Object:
 
 def _record_set(name: str) -> Object:
     columns = _RECORDS[name]
-    key: list[JsonValue] = [{"@id": f"{name}/{part}"} for part in ("prompt_id", "sample", "teacher")]
+    key: list[JsonValue] = [{"@id": f"{name}/{part.name}"} for part in _ANSWER]
     return {
         "@type": "cr:RecordSet",
         "@id": name,
@@ -185,16 +194,17 @@ def _field(name: str, column: _Column) -> Object:
     return told
 
 
-def _rai(facts: Facts, first: str, last: str) -> Object:
+def _rai(facts: Facts) -> Object:
     """Responsible AI, in the words of Croissant RAI 1.0."""
     recipe = facts.evidence.recipe
     drops = ", ".join(f"{d.filter} ({d.answers})" for d in facts.evidence.dropped) or "none"
+    days: list[JsonValue] = [*sorted({f"{day}" for t in facts.teachers for day in (t.first, t.last) if day})]
     return {
-        "rai:dataCollection": "Language models answered prompts; every answer was journaled before it was parsed.",
-        "rai:dataCollectionType": ["Software Collection", "Others: answers of language models"],
-        "rai:dataCollectionTimeFrame": [first, last],
-        "rai:dataCollectionRawData": "journal.db of the run holds the raw answers",
-        "rai:dataPreprocessingProtocol": [f"answers were dropped by these filters: {drops}"],
+        "rai:dataCollection": f"{_how(facts)} {drawn(facts.evidence)}",
+        "rai:dataCollectionType": _types(facts),
+        **dict.fromkeys(_TIMEFRAME if days else (), days[:1] + days[-1:]),
+        "rai:dataCollectionRawData": "journal.db of the run holds the raw bytes of each answer",
+        "rai:dataPreprocessingProtocol": [f"Filters that dropped answers: {drops}."],
         "rai:machineAnnotationTools": [t.seen.name for t in facts.teachers],
         "rai:hasSyntheticData": True,
         "rai:dataUseCases": [f"training {facts.name}: {recipe.use.purpose}, {recipe.use.distribution}"],
@@ -204,13 +214,29 @@ def _rai(facts: Facts, first: str, last: str) -> Object:
     }
 
 
-def _collecting(facts: Facts, teacher: TeacherTold) -> Object:
-    recipe = facts.evidence.recipe
+def _types(facts: Facts) -> list[JsonValue]:
+    """Of the values that the vocabulary recommends, those for models run here, asked over HTTP, and read from files."""
+    seen = [t.seen for t in facts.teachers]
+    found: list[tuple[bool, JsonValue]] = [
+        (any(one.weights for one in seen), "Software Collection"),
+        (any(not one.weights and not one.file for one in seen), "Web API"),
+        (any(one.file for one in seen), "Secondary Data analysis"),
+    ]
+    return [name for there, name in found if there]
+
+
+def _how(facts: Facts) -> str:
+    """By which way each teacher's answers came."""
+    ways = "; ".join(f"{t.seen.name}: {reached(t.seen)}, written {written(t.first, t.last)}" for t in facts.teachers)
+    return f"Language models answered prompts ({ways}). Every answer was journaled before it was parsed."
+
+
+def _collecting(teacher: TeacherTold) -> Object:
+    days = {"prov:startedAtTime": f"{teacher.first}", "prov:endedAtTime": f"{teacher.last}"} if teacher.first else {}
     return {
         "@type": "prov:Activity",
-        "prov:label": f"answers of {teacher.seen.name}, temperature {recipe.collect.temperature:g}",
-        "prov:startedAtTime": f"{teacher.first}",
-        "prov:endedAtTime": f"{teacher.last}",
+        "prov:label": f"answers of {teacher.seen.name}, {reached(teacher.seen)}",
+        **days,
         "prov:wasAssociatedWith": {"@type": "prov:SoftwareAgent", "prov:label": teacher.seen.name},
     }
 

@@ -16,6 +16,7 @@ from limbeck.export.card import settings_of
 from limbeck.export.facts import Facts, FileSeen, TeacherTold
 from limbeck.export.licences import address, spdx_id
 from limbeck.export.properties import PREFIX, ledger_properties, teacher_properties, use_properties
+from limbeck.export.teachers import drawn, reached, source_name, written
 from limbeck.models.references import HubReference, WheelReference, check_reference
 
 Object = dict[str, JsonValue]
@@ -154,7 +155,8 @@ def _answers(facts: Facts, teacher: TeacherTold) -> Object:
         "bom-ref": f"answers:{teacher.seen.name}",
         "type": "data",
         "name": name,
-        "description": f"{teacher.rows} training examples, {teacher.tokens} supervised tokens that the model wrote",
+        "description": f"{teacher.rows} training examples, {teacher.tokens} supervised tokens that the model wrote "
+        f"{written(teacher.first, teacher.last)}; {reached(teacher.seen)}. {drawn(facts.evidence)}",
         "hashes": [{"alg": "SHA-256", "content": file.sha256}],
         "licenses": [_terms(teacher)],
         "data": [
@@ -183,10 +185,12 @@ def _prompts(facts: Facts, place: int) -> Object:
     return {
         "bom-ref": f"prompts:{place}",
         "type": "data",
-        "name": f"prompts from {source.source}",
+        "name": f"prompts from {source_name(source.source)}",
         "description": told,
         "licenses": _licences(source.licence, "as the recipe declares"),
-        "data": [{"type": "dataset", "name": source.source, "contents": {"url": file.name}, "description": told}],
+        "data": [
+            {"type": "dataset", "name": source_name(source.source), "contents": {"url": file.name}, "description": told}
+        ],
     }
 
 

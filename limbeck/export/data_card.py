@@ -7,6 +7,7 @@ import yaml
 from limbeck import __version__
 from limbeck.export.card import HUB_LICENCES, FrontMatter, card_text, environment
 from limbeck.export.facts import Facts
+from limbeck.export.teachers import drawn, written
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
@@ -28,6 +29,8 @@ def data_card(facts: Facts) -> str:
             version=__version__,
             facts=facts,
             recipe=facts.evidence.recipe,
+            drawn=drawn(facts.evidence),
+            written=written,
             sources=facts.evidence.sources,
             dropped=facts.evidence.dropped,
             answers=sum(t.seen.answers for t in facts.teachers),

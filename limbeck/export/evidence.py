@@ -6,7 +6,7 @@ Nothing here is estimated: a figure is counted from the records, read from a led
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from limbeck.evaluate.answers import Answers, read_answers
 from limbeck.evaluate.scores import read_scores, score_of
-from limbeck.ledger.signing.checkpoints import checkpoints
+from limbeck.export.ledger import LedgerTold, ledger_told
 from limbeck.ledger.signing.notes import notes
 from limbeck.ledger.store import Ledger, entry_digest
-from limbeck.recipe import Recipe
+from limbeck.recipe import FileTeacher, Recipe
 from limbeck.records import Completion, Digest, Entry, Prompt, Score, Split, Verdict
 from limbeck.render.examples import read_examples
 from limbeck.rundir import RunDir
@@ -39,6 +39,8 @@ class PromptSource(NamedTuple):
     """The model that wrote them, if one did."""
     train: int
     held_out: int
+    images: int = 0
+    """In prompts to train on."""
 
 
 class TeacherSeen(NamedTuple):
@@ -56,6 +58,12 @@ class TeacherSeen(NamedTuple):
     """Tokens of training examples that it wrote."""
     share: float
     """Of all supervised tokens of training examples."""
+    file: str | None = None
+    """The file that had its answers already, where it was not asked."""
+    batched: int = 0
+    """Answers that came by its provider's batch API."""
+    batches: int = 0
+    """Batches in which those came."""
 
 
 class DroppedAnswer(NamedTuple):
@@ -146,23 +154,6 @@ class NoteSeen(NamedTuple):
     """Whether its signature holds."""
 
 
-class Trust(NamedTuple):
-    """Who signed the ledger, as far as it was signed."""
-
-    keys: tuple[str, ...]
-    checkpoints: int
-    stamps: int
-    """Time-stamps that lie in it; whether their authorities vouch for them is not looked at here."""
-
-    @property
-    def words(self) -> str:
-        """In a few words."""
-        if not self.checkpoints:
-            return "unsigned and unanchored"
-        signed = f"signed at {self.checkpoints} checkpoints"
-        return f"{signed}, with time-stamps to be checked" if self.stamps else f"{signed} and unanchored"
-
-
 @dataclass(frozen=True)
 class Evidence:
     """A run, as its records tell it."""
@@ -176,6 +167,8 @@ class Evidence:
     dropped: tuple[Dropped, ...]
     scores: tuple[Score, ...]
     answers: tuple[Answers, ...]
+    cut_short: frozenset[str]
+    """Digests of the prompts of `answers` whose answer by the teacher ran into the most tokens it was allowed."""
     training: Training
     sizes: Mapping[str, Size]
     """By subject: `student`, `before`, `teacher:NAME`."""
@@ -183,7 +176,7 @@ class Evidence:
     """By subject: `student`, `before`, `teacher`."""
     notes: tuple[NoteSeen, ...]
     """Signed notes, oldest first."""
-    trust: Trust
+    ledger: LedgerTold
     rulings: Rulings | None
     """What the terms gate said; None where it was not asked."""
 
@@ -231,9 +224,10 @@ def read_evidence(recipe: Recipe, run: RunDir) -> Evidence:
     """Read a RUN directory as far as the evaluation has come."""
     with Ledger(run / "ledger.db", read_only=True) as ledger:
         entries = tuple(ledger.entries())
+        told = ledger_told(ledger, entries)
     facts = next((e.facts for e in reversed(entries) if e.stage == "evaluate"), {})
-    teachers, dropped = _answers(run)
-    present = (run / "answers.json").exists()
+    answers = tuple(read_answers(run / "answers.json")) if (run / "answers.json").exists() else ()
+    teachers, dropped, cut_short = _answers(recipe, run, {(a.prompt_id, a.teacher_name, a.teacher) for a in answers})
     return Evidence(
         recipe=recipe,
         entries=entries,
@@ -242,12 +236,13 @@ def read_evidence(recipe: Recipe, run: RunDir) -> Evidence:
         teachers=teachers,
         dropped=dropped,
         scores=tuple(read_scores(run / "scores.json")),
-        answers=tuple(read_answers(run / "answers.json")) if present else (),
+        answers=answers,
+        cut_short=cut_short,
         training=Training.model_validate_json((run / "training.json").read_bytes()),
         sizes=_typed(facts.get("models"), Size),
         speeds=_typed(facts.get("reading_ms_a_token"), Speed),
         notes=_notes(entries),
-        trust=_trust(entries),
+        ledger=told,
         rulings=rulings_of(run.root),
     )
 
@@ -266,21 +261,23 @@ def _notes(entries: tuple[Entry, ...]) -> tuple[NoteSeen, ...]:
     )
 
 
-def _trust(entries: tuple[Entry, ...]) -> Trust:
-    made = [one for one in checkpoints(entries) if one.envelope.signed()]
-    stamps = sum(entry.stage == "timestamp" for entry in entries)
-    return Trust(tuple(sorted({one.envelope.keyid for one in made})), len(made), stamps)
-
-
 def _sources(run: RunDir) -> tuple[PromptSource, ...]:
     counts: dict[tuple[str, str, str | None], Counter[Split]] = {}
+    images: Counter[tuple[str, str, str | None]] = Counter()
     for prompt in read_records(run / "prompts.parquet", Prompt):
-        counts.setdefault((prompt.source, prompt.licence, prompt.writer), Counter())[prompt.split] += 1
-    return tuple(PromptSource(*key, n[Split.TRAIN], n[Split.HELD_OUT]) for key, n in counts.items())
+        key = (prompt.source, prompt.licence, prompt.writer)
+        counts.setdefault(key, Counter())[prompt.split] += 1
+        images[key] += sum(message.images for message in prompt.messages) * (prompt.split is Split.TRAIN)
+    return tuple(PromptSource(*key, n[Split.TRAIN], n[Split.HELD_OUT], images[key]) for key, n in counts.items())
 
 
-def _answers(run: RunDir) -> tuple[tuple[TeacherSeen, ...], tuple[Dropped, ...]]:
-    """Who answered and how much of it was used; what was dropped, most often dropped first."""
+def _answers(
+    recipe: Recipe, run: RunDir, side_by_side: Set[tuple[Digest, str, str]]
+) -> tuple[tuple[TeacherSeen, ...], tuple[Dropped, ...], frozenset[str]]:
+    """Who answered and how much of it was used; what was dropped, most often dropped first; and the prompts of those
+    side by side (prompt, teacher, answer) that were cut off.
+    """
+    cut_short: set[str] = set()
     verdicts = {v.completion: v for v in read_records(run / "verdicts.parquet", Verdict)}
     supervised: Counter[str] = Counter()
     for example in read_examples(run / "examples").train:
@@ -289,10 +286,16 @@ def _answers(run: RunDir) -> tuple[tuple[TeacherSeen, ...], tuple[Dropped, ...]]
     answers: Counter[str] = Counter()
     kept: Counter[str] = Counter()
     drops: Counter[str] = Counter()
+    batches: dict[str, Counter[str]] = {}
     shown: dict[str, list[DroppedAnswer]] = {}
     for completion in read_records(run / "completions.parquet", Completion):
         identities.setdefault(completion.teacher, completion)
         answers[completion.teacher] += 1
+        said = (completion.prompt_id, completion.teacher, completion.text)
+        if completion.finish_reason == "length" and said in side_by_side:
+            cut_short.add(completion.prompt_id)
+        if completion.batch is not None:
+            batches.setdefault(completion.teacher, Counter())[completion.batch] += 1
         verdict = verdicts[completion.id]
         kept[completion.teacher] += verdict.keep
         if not verdict.keep:
@@ -302,6 +305,7 @@ def _answers(run: RunDir) -> tuple[tuple[TeacherSeen, ...], tuple[Dropped, ...]]
                 one = DroppedAnswer(asked, completion.text, verdict.reason)
                 shown.setdefault(verdict.filter, []).append(one)
     total = supervised.total()
+    files = {t.name: t.path for t in recipe.teachers if isinstance(t, FileTeacher)}
     teachers = tuple(
         TeacherSeen(
             name=name,
@@ -314,10 +318,14 @@ def _answers(run: RunDir) -> tuple[tuple[TeacherSeen, ...], tuple[Dropped, ...]]
             kept=kept[name],
             supervised=supervised[name],
             share=supervised[name] / total if total else 0.0,
+            file=files.get(name),
+            batched=batches[name].total() if name in batches else 0,
+            batches=len(batches.get(name, ())),
         )
         for name, one in identities.items()
     )
-    return teachers, tuple(Dropped(name, n, tuple(shown[name])) for name, n in drops.most_common())
+    dropped = tuple(Dropped(name, n, tuple(shown[name])) for name, n in drops.most_common())
+    return teachers, dropped, frozenset(cut_short)
 
 
 def _typed(value: JsonValue, kind: type[T]) -> dict[str, T]:

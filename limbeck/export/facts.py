@@ -15,18 +15,18 @@ from typing import NamedTuple
 
 from limbeck.errors import Problem, RunDirError, VerificationError
 from limbeck.export.card import licence_of_weights, start_of
-from limbeck.export.evidence import Evidence, TeacherSeen, read_evidence
+from limbeck.export.evidence import Evidence, LedgerTold, TeacherSeen, read_evidence
 from limbeck.export.rulings import gate_said, register_says, row_of
 from limbeck.ledger import verify
 from limbeck.ledger.canonical import manifest
 from limbeck.ledger.sealing import parse_row, read_rows
-from limbeck.ledger.signing.checkpoints import checkpoints
 from limbeck.ledger.store import Ledger
 from limbeck.records import Completion, Digest, Entry, Rollout, Split
 from limbeck.render.examples import read_examples
 from limbeck.rundir import RunDir
 from limbeck.tables import read_records
 from limbeck.terms.gate import Ruling
+from limbeck.terms.sources import day_of
 from limbeck.terms.terms import Terms
 
 TABLES = ("prompts.parquet", "completions.parquet", "verdicts.parquet", "leaves.parquet")
@@ -56,26 +56,9 @@ class TeacherTold(NamedTuple):
     ruling: Ruling
     """The gate's; the register's where no gate ruled on it."""
     terms: Terms | None
-    first: dt.date
-    """Day of its first answer, UTC."""
-    last: dt.date
-
-
-class LedgerTold(NamedTuple):
-    """The ledger in figures that somebody else can check."""
-
-    entries: int
-    head: Digest
-    root: str
-    """Root of the tree at the last checkpoint, or now where nothing is signed; 64 hexadecimal digits."""
-    size: int
-    """Leaves under that root."""
-    signed: str | None
-    """When the last checkpoint was signed, by the signer's clock."""
-    keys: tuple[str, ...]
-    """Public keys (Ed25519) that signed."""
-    trust: str
-    """What that is worth, in words."""
+    first: dt.date | None
+    """Day of its first answer, UTC; of answers out of a file the day that the recipe says, or None."""
+    last: dt.date | None
 
 
 class Tokens(NamedTuple):
@@ -104,8 +87,9 @@ class Facts:
     licence: str | None
     """Of those weights, as their wheel or card declares it."""
     teachers: tuple[TeacherTold, ...]
-    ledger: LedgerTold
     tokens: Tokens
+    collected: dt.date
+    """When the answers were last taken in, UTC."""
     made: dt.datetime
     """When training was done, UTC."""
     weights: Digest
@@ -117,6 +101,11 @@ class Facts:
     def name(self) -> str:
         """The student's."""
         return self.evidence.recipe.name
+
+    @property
+    def ledger(self) -> LedgerTold:
+        """The ledger's root, its signers, and what that is worth."""
+        return self.evidence.ledger
 
     @property
     def version(self) -> str:
@@ -148,7 +137,6 @@ def read_facts(path: Path) -> Facts:
         raise VerificationError("the ledger does not verify; nothing is exported", found.differences)
     with Ledger(run / "ledger.db", read_only=True) as ledger:
         entries = ledger.entries()
-        root, size = ledger.tree.root().hex(), ledger.tree.size
     last = {entry.stage: entry for entry in entries}
     _refuse_unfinished(path, last)
     evidence = read_evidence(recipe, run)
@@ -160,8 +148,8 @@ def read_facts(path: Path) -> Facts:
         base_digest=last["student"].inputs.get(f"student:{base}") or last["student"].inputs.get(f"teacher:{base}"),
         licence=_licence(evidence),
         teachers=read_teachers(evidence, run),
-        ledger=_ledger(evidence, entries, root, size),
         tokens=_tokens(run, evidence),
+        collected=last["collect"].finished.astimezone(dt.UTC).date(),
         made=last["train"].finished.astimezone(dt.UTC),
         weights=last["train"].outputs["student"],
         student=_files(run, "student"),
@@ -186,44 +174,35 @@ def _licence(evidence: Evidence) -> str | None:
 
 def read_teachers(evidence: Evidence, run: RunDir) -> tuple[TeacherTold, ...]:
     """Shares from the leaves, added up as `limbeck ledger share` does, days from the answers, rulings from the gate."""
-    rows, tokens, days = Counter[str](), Counter[str](), dict[str, set[dt.date]]()
+    rows, tokens, days = Counter[str](), Counter[str](), dict[str, set[dt.date | None]]()
     for row in read_rows(run.root):
         share = parse_row(row).share
         if share.split == "train":
             rows[share.teacher] += 1
             tokens[share.teacher] += share.tokens
+    asked = {teacher.name: teacher for teacher in evidence.recipe.teachers}
     for answer in read_records(run / "completions.parquet", Completion):
-        days.setdefault(answer.teacher, set()).add(answer.created.astimezone(dt.UTC).date())
-    total, use = tokens.total(), evidence.recipe.use
-    return tuple(
-        TeacherTold(
-            seen=seen,
-            rows=rows[seen.name],
-            tokens=tokens[seen.name],
-            share=tokens[seen.name] / total if total else 0.0,
-            ruling=gate_said(evidence.rulings, seen.name)
-            or register_says(seen.terms, use, sorted(days[seen.name]), seen.route),
-            terms=row_of(seen.terms),
-            first=min(days[seen.name]),
-            last=max(days[seen.name]),
-        )
-        for seen in evidence.teachers
-    )
+        day = day_of(asked.get(answer.teacher), answer.created.astimezone(dt.UTC).date())
+        days.setdefault(answer.teacher, set()).add(day)
+    total = tokens.total()
+    return tuple(_told(evidence, seen, rows[seen.name], tokens[seen.name], total, days[seen.name])
+                 for seen in evidence.teachers)  # fmt: skip
 
 
-def _ledger(evidence: Evidence, entries: list[Entry], root: str, size: int) -> LedgerTold:
-    made = [one for one in checkpoints(entries) if one.envelope.signed()]
-    if made:
-        told = made[-1].statement
-        root, size = told.root.hex(), told.predicate.size
-    return LedgerTold(
-        entries=len(entries),
-        head=evidence.digests[-1],
-        root=root,
-        size=size,
-        signed=made[-1].statement.predicate.at if made else None,
-        keys=evidence.trust.keys,
-        trust=evidence.trust.words,
+def _told(
+    evidence: Evidence, seen: TeacherSeen, rows: int, tokens: int, total: int, days: set[dt.date | None]
+) -> TeacherTold:
+    known = sorted(day for day in days if day is not None)
+    return TeacherTold(
+        seen=seen,
+        rows=rows,
+        tokens=tokens,
+        share=tokens / total if total else 0.0,
+        ruling=gate_said(evidence.rulings, seen.name)
+        or register_says(seen.terms, evidence.recipe.use, days, seen.route),
+        terms=row_of(seen.terms),
+        first=known[0] if known else None,
+        last=known[-1] if known else None,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
+
 from limbeck.export.facts import Facts, TeacherTold
 
 PREFIX = "limbeck:"
@@ -14,6 +16,7 @@ def ledger_properties(facts: Facts) -> list[tuple[str, str]]:
         (PREFIX + "ledger:root", f"sha256:{told.root}"),
         (PREFIX + "ledger:size", str(told.size)),
         (PREFIX + "ledger:head", told.head),
+        (PREFIX + "ledger:entries", str(told.entries)),
         (PREFIX + "ledger:trust", told.trust),
         *((PREFIX + "ledger:signer", f"ed25519:{key}") for key in told.keys),
         *([(PREFIX + "ledger:signed", told.signed)] if told.signed else []),
@@ -45,8 +48,17 @@ def teacher_properties(teacher: TeacherTold) -> list[tuple[str, str]]:
         (PREFIX + "route", seen.route),
         (PREFIX + "model-that-answered", seen.model),
         *([(PREFIX + "weights", seen.weights)] if seen.weights else []),
-        (PREFIX + "generated:first", str(teacher.first)),
-        (PREFIX + "generated:last", str(teacher.last)),
+        *([(PREFIX + "from-file", PurePath(seen.file).name)] if seen.file else []),
+        *(
+            [(PREFIX + "answers-in-batches", str(seen.batched)), (PREFIX + "batches", str(seen.batches))]
+            if seen.batched
+            else []
+        ),
+        *(
+            [(PREFIX + "generated:first", str(teacher.first)), (PREFIX + "generated:last", str(teacher.last))]
+            if teacher.first
+            else []
+        ),
         (PREFIX + "terms", seen.terms),
         (PREFIX + "terms:verdict", ruling.verdict.value),
         (PREFIX + "terms:reason", ruling.reason),

@@ -21,9 +21,9 @@ def gate_said(rulings: Rulings | None, teacher: str) -> Ruling | None:
     return found.ruling if found else None
 
 
-def register_says(terms_id: str, use: Use, days: Iterable[dt.date], route: str) -> Ruling:
-    """The strictest ruling over the days on which outputs were generated. An id that the register no longer has is
-    ruled on as unknown.
+def register_says(terms_id: str, use: Use, days: Iterable[dt.date | None], route: str) -> Ruling:
+    """The strictest ruling over the days on which outputs were generated, None for one that nobody said. An id that the
+    register no longer has is ruled on as unknown.
     """
     known = terms_id if terms_id in (OWN_MODEL, UNKNOWN) or terms_id in register() else UNKNOWN
     return strictest(rule_route(known, use, day, route) for day in days)._replace(terms=terms_id)

@@ -22,11 +22,14 @@ from limbeck.export.card import settings_of
 from limbeck.export.facts import Facts, FileSeen, TeacherTold
 from limbeck.export.licences import address, licence_ref, spdx_id
 from limbeck.export.properties import PREFIX, ledger_properties, teacher_properties, use_properties
+from limbeck.export.teachers import drawn, reached, source_name, written
 
 Object = dict[str, JsonValue]
 
 _CREATION = "_:creation"
-_PROFILES = ("core", "software", "ai", "dataset", "simpleLicensing", "extension")
+_PROFILES = ("core", "software", "ai", "dataset", "simpleLicensing")
+"""Not `extension`, though there are extensions: SPDX's own JSON-LD context reads that word as the property of the same
+name, so the document would not conform to SPDX's SHACL shapes."""
 _NOWHERE = "NOASSERTION"
 """Where something was downloaded from, when nobody recorded it."""
 
@@ -100,7 +103,7 @@ class _Document:
             rootElement=[student],
             element=elements,
             comment="Made from the ledger of a run. What it does not know is left out, such as when other people's "
-            "models were released.",
+            "models were released. Of student and data, the times of building and release are when training was done.",
         )
 
     def _signer(self, key: str | None) -> str:
@@ -148,14 +151,21 @@ class _Document:
     def _names(self) -> list[str]:
         return [t.seen.name for t in self.facts.teachers]
 
+    def _unknown(self) -> str:
+        return self.add("unknown", "Agent", name="unknown")
+
+    def _supplier(self, teacher: TeacherTold) -> str:
+        """Whose model it is: the holder of its terms, the signer where it is declared to be one's own, or unknown."""
+        if teacher.terms:
+            name = teacher.terms.holder
+            return self.add(f"holder-{licence_ref(name)}", "Organization", name=name)
+        return self.signers[0] if teacher.seen.terms == "own-model" else self._unknown()
+
+    def _writer(self, name: str | None) -> str:
+        wrote = next((teacher for teacher in self.facts.teachers if teacher.seen.name == name), None)
+        return self._supplier(wrote) if wrote else self._unknown()
+
     def _teacher(self, teacher: TeacherTold) -> str:
-        supplier = (
-            self.add(f"holder-{licence_ref(teacher.terms.holder)}", "Organization", name=teacher.terms.holder)
-            if teacher.terms
-            else self.signers[0]
-            if teacher.seen.terms == "own-model"
-            else self.add("unknown", "Agent", name="unknown")
-        )
         made = self.add(
             self._model(teacher.seen.name),
             "ai_AIPackage",
@@ -163,7 +173,7 @@ class _Document:
             software_packageVersion=teacher.seen.weights or teacher.seen.model,
             software_downloadLocation=_NOWHERE,
             software_primaryPurpose="model",
-            suppliedBy=supplier,
+            suppliedBy=self._supplier(teacher),
         )
         self.elements[made]["extension"] = _extension(teacher_properties(teacher))
         return made
@@ -177,21 +187,22 @@ class _Document:
             software_packageVersion=facts.base_digest or "unknown",
             software_downloadLocation=_NOWHERE,
             software_primaryPurpose="model",
-            suppliedBy=self.add("unknown", "Agent", name="unknown") if facts.base not in self._names() else None,
+            suppliedBy=self._unknown() if facts.base not in self._names() else None,
         )
         self.relate(made, "hasDeclaredLicense", [self._licence(facts.licence)])
         return made
 
     def _answers(self, teacher: TeacherTold) -> str:
         place = self._names().index(teacher.seen.name)
-        recipe, file = self.facts.evidence.recipe, self._table("completions.parquet")
-        how = f"Answers of a language model, drawn at temperature {recipe.collect.temperature:g}, kept by filters"
+        file = self._table("completions.parquet")
+        how = f"Answers of a language model ({reached(teacher.seen)}), written {written(teacher.first, teacher.last)}, "
+        how += f"kept by filters. {drawn(self.facts.evidence)}"
         made = self.add(
             f"answers-{place}",
             "dataset_DatasetPackage",
             name=f"answers of {teacher.seen.name}",
             dataset_datasetType=["text"],
-            dataset_dataCollectionProcess=f"{how}; {teacher.first} to {teacher.last}, route {teacher.seen.route}.",
+            dataset_dataCollectionProcess=how,
             dataset_datasetSize=teacher.tokens,
             dataset_dataPreprocessing=["rendered with the chat template; the teacher's tokens are supervised"],
             dataset_hasSensitivePersonalInformation="noAssertion",
@@ -200,7 +211,7 @@ class _Document:
             software_primaryPurpose="data",
             builtTime=self._time(),
             releaseTime=self._time(),
-            originatedBy=list(self.signers),
+            originatedBy=[self._supplier(teacher)],
             suppliedBy=self.signers[0],
             comment="Synthetic: written by a language model. The size is in supervised tokens.",
         )
@@ -219,16 +230,16 @@ class _Document:
             one = self.add(
                 name,
                 "dataset_DatasetPackage",
-                name=f"prompts from {source.source}",
+                name=f"prompts from {source_name(source.source)}",
                 dataset_datasetType=["text"],
-                dataset_dataCollectionProcess=f"From {source.source}{by}.",
+                dataset_dataCollectionProcess=f"From {source_name(source.source)}{by}.",
                 dataset_datasetSize=source.train,
                 software_downloadLocation=_NOWHERE,
                 software_primaryPurpose="data",
                 software_packageVersion=self.facts.version,
                 releaseTime=self._time(),
                 builtTime=self._time(),
-                originatedBy=list(self.signers),
+                originatedBy=[self._writer(source.writer)],
                 comment="The size is in prompts that were trained on.",
             )
             if new:

@@ -13,6 +13,7 @@ from pydantic import JsonValue
 
 from limbeck import __version__
 from limbeck.export.evidence import Evidence, read_evidence
+from limbeck.export.teachers import drawn, reached
 from limbeck.export.words import duration, interval, number, one_line, percent, several, short, visible
 from limbeck.recipe import Recipe
 from limbeck.report import view
@@ -56,6 +57,10 @@ def render_report(evidence: Evidence) -> str:
         keeps=keeps(evidence),
         strip=view.strip(evidence),
         sizes=view.sizes(evidence),
+        compared=all(view.pair(evidence)),
+        how_drawn=drawn(evidence),
+        teacher_scored=any(s.subject == "teacher" and s.name == "kl_forward" and s.value is not None
+                           for s in evidence.scores),
         speeds=view.speeds(evidence),
         cost=view.cost(evidence),
         figures=view.figures(evidence),
@@ -88,7 +93,7 @@ def _environment() -> Environment:
     )
     made.filters |= {
         "cut": _cut, "day": _day, "duration": duration, "interval": interval, "line": one_line,
-        "moment": _moment, "number": number, "percent": percent,
+        "moment": _moment, "number": number, "percent": percent, "reached": reached,
         "several": several, "short": short, "visible": visible,
     }  # fmt: skip
     return made

@@ -106,7 +106,7 @@ def strip(evidence: Evidence) -> list[Stat]:
             if share and score.low is not None and score.high is not None:
                 ends = f"95 %: {100 * score.low:.1f} to {percent(score.high)}"
             found.append(Stat(label, value, ends, "evaluate"))
-    own, whole = _pair(evidence)
+    own, whole = pair(evidence)
     if own and whole:
         counts = f"{own.parameters:,} of {whole.parameters:,}"
         found.append(
@@ -128,22 +128,26 @@ def _passes(evidence: Evidence) -> str:
 
 
 def sizes(evidence: Evidence) -> list[SizeRow]:
-    """Teacher and student side by side; empty where either is unknown."""
-    own, whole = _pair(evidence)
+    """Teacher and student side by side; of a teacher that is not here, what is known of the student alone."""
+    own, whole = pair(evidence)
     rows = []
-    if own and whole:
-        for label, note, shown, a, b in (
-            ("Layers", "", "{:,}".format, whole.layers, own.layers),
-            ("Parameters", "", "{:,}".format, whole.parameters, own.parameters),
-            ("Weights on disk", "", size, whole.bytes, own.bytes),
+    if own:
+        for label, shown, key in (
+            ("Layers", "{:,}".format, "layers"),
+            ("Parameters", "{:,}".format, "parameters"),
+            ("Weights on disk", size, "bytes"),
         ):
-            rows.append(SizeRow(label, note, shown(a), shown(b), percent(b / a) if a else "not defined"))
+            a, b = getattr(whole, key, None), getattr(own, key)
+            share = "" if a is None else percent(b / a) if a else "not defined"
+            rows.append(SizeRow(label, "", "not known" if a is None else shown(a), shown(b), share))
     for part in narrowed(evidence):
         share = percent(part.kept / part.there)
         rows.append(
             SizeRow(part.name[0].upper() + part.name[1:], "in each layer", f"{part.there:,}", f"{part.kept:,}", share)
         )
     fast, slow = evidence.speeds.get("student"), evidence.speeds.get("teacher")
+    if fast and not slow:
+        rows.append(SizeRow("Reading", "milliseconds a token", "not known", number(fast.value), "", "", _ends(fast)))
     if fast and slow and slow.value:
         processor = evidence.facts("evaluate").get("processor")
         note = "milliseconds a token, one prompt with its answer at a time"
@@ -160,7 +164,8 @@ def _ends(speed: Speed) -> str:
     return "" if speed.low is None or speed.high is None else f"{number(speed.low)} to {number(speed.high)}"
 
 
-def _pair(evidence: Evidence) -> tuple[Size | None, Size | None]:
+def pair(evidence: Evidence) -> tuple[Size | None, Size | None]:
+    """How large the student is, and the (first) teacher; None for what is not known."""
     return evidence.sizes.get("student"), evidence.sizes.get(f"teacher:{evidence.recipe.teachers[0].name}")
 
 
@@ -177,10 +182,12 @@ def speeds(evidence: Evidence) -> list[SpeedRow]:
 
 def cost(evidence: Evidence) -> Cost:
     """Money as far as it can be told, and the clock time of each stage."""
-    outside = sorted({t.provider for t in evidence.teachers if t.provider != "self-hosted"})
+    outside = sorted({t.provider for t in evidence.teachers if t.provider != "self-hosted" and not t.file})
     money = "No answer was bought from a provider; what the machine costs was not recorded."
     if outside:
         money = f"Answers came from {', '.join(map(one_line, outside))}; what they cost was not recorded."
+    elif any(t.file for t in evidence.teachers):
+        money = "Answers that were there already were taken from a file; what they cost was not recorded."
     if spent := _spent(evidence):
         money = spent
     stages = [(entry, seconds(entry)) for entry, _ in evidence.latest]

@@ -21,8 +21,8 @@ from limbeck.errors import Problem
 from limbeck.recipe import Recipe, Use
 from limbeck.records import Digest
 from limbeck.terms.gate import STRICTNESS, Outcome, Ruling, rule_route, strictest
-from limbeck.terms.sources import Role, Source
-from limbeck.terms.terms import Obligation
+from limbeck.terms.sources import Role, Source, days_ahead
+from limbeck.terms.terms import OWN_MODEL, Obligation
 from limbeck.terms.waivers import Waiver, apply_waivers, read_waivers
 
 GATE = "gate"
@@ -139,7 +139,9 @@ def judge(recipe: Recipe, sources: Sequence[Source], day: dt.date, *, counts: Co
     Raises:
         InputError: no such terms, or a file of the recipe's that holds no waiver.
     """
+    ahead = days_ahead(recipe, day)
     plain = [rule_route(s.terms, recipe.use, s.day, s.route) for s in sources]
+    plain = [_not_yet(one, ahead[s], day) if s in ahead else one for s, one in zip(sources, plain, strict=True)]
     after = apply_waivers(plain, recipe.use, read_waivers(recipe), day)
     ruled = tuple(
         Ruled(
@@ -160,6 +162,14 @@ def judge(recipe: Recipe, sources: Sequence[Source], day: dt.date, *, counts: Co
     )
     used = {waiver.digest: waiver for waiver in after.used if waiver}
     return Judged(ruled=ruled, waivers=tuple(used.values()), unfit=tuple(after.unfit))
+
+
+def _not_yet(ruling: Ruling, said: dt.date, day: dt.date) -> Ruling:
+    """Nothing that is there already was generated on a day that is still to come, so that day decides nothing."""
+    if ruling.terms == OWN_MODEL or not ruling.passes:
+        return ruling
+    told = f"said to be generated on {said}, and today is {day}"
+    return ruling._replace(verdict=Outcome.UNKNOWN, reason=told, obligations=())
 
 
 def rulings_of(run: str | os.PathLike[str]) -> Rulings | None:

@@ -123,6 +123,14 @@ def day_of(teacher: LocalTeacher | FileTeacher | EndpointTeacher | None, day: dt
     return teacher.generated if isinstance(teacher, FileTeacher) else day
 
 
+def days_ahead(recipe: Recipe, today: dt.date) -> dict[Source, dt.date]:
+    """Answers and prompts of files that the recipe says to be of a day after `today`."""
+    found = [
+        Source("answer", t.name, t.terms, t.route, t.generated) for t in recipe.teachers if isinstance(t, FileTeacher)
+    ]
+    return {s: s.day for s in [*found, *prompt_files(recipe).values()] if s.day is not None and s.day > today}
+
+
 def route_of_teacher(teacher: LocalTeacher | FileTeacher | EndpointTeacher) -> str:
     """How a teacher is reached."""
     if isinstance(teacher, LocalTeacher):
