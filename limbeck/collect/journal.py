@@ -81,6 +81,15 @@ class Ended(NamedTuple):
     """Picodollars: billed where the provider said so, else the most that it can have been."""
 
 
+class Kept(NamedTuple):
+    """How an answer came to lie in the journal."""
+
+    response: Digest
+    """Digest of its raw bytes."""
+    created: datetime
+    """When it was journaled, UTC."""
+
+
 class Outcomes(NamedTuple):
     """All requests of one account that ended alike."""
 
@@ -158,13 +167,14 @@ class Journal:
             self._db.execute(_SET_ASIDE, (key, raw, response, created))
         return done.rowcount
 
-    def put_traffic(self, sent: Sequence[Sent], answers: Sequence[Answer], ended: Sequence[Ended]) -> None:
+    def put_traffic(self, sent: Sequence[Sent], answers: Sequence[Answer], ended: Sequence[Ended]) -> list[Kept | None]:
         """Write what is about to leave, what came back, and what became of what was sent, in one transaction. When it
-        returns, all of it is safe.
+        returns, all of it is safe. Gives how each answer was kept; None where it is a second one, and was set aside.
 
         One statement a table, whatever the number of rows: each lets other threads run, and has to wait for them.
         """
-        now = datetime.now(UTC).isoformat(timespec="microseconds")
+        when = datetime.now(UTC)
+        now, kept = when.isoformat(timespec="microseconds"), list[Kept | None]()
         packed = self._pack_all([part for answer in answers for part in (answer.request.body, answer.raw)])
         rows = [
             (answer.request.key, packed[2 * n], packed[2 * n + 1], digest_bytes(answer.raw), now)
@@ -178,11 +188,13 @@ class Journal:
                 values = [value for row in rows for value in row]
                 new = {key for (key,) in self._db.execute(_INSERT_ALL.format(marks), values).fetchall()}
                 for key, _, raw, response, created in rows:
+                    kept.append(Kept(response, when) if key in new else None)
                     if key not in new:
                         self._db.execute(_SET_ASIDE, (key, raw, response, created))
                     new.discard(key)  # a second one in the same group is set aside too
             if ended:
                 self._db.execute(_END, (now, json.dumps(ended)))
+        return kept
 
     def _pack_all(self, parts: Sequence[bytes]) -> list[bytes]:
         """The same as `_pack` of each."""

@@ -12,7 +12,7 @@ from limbeck import recipe
 from limbeck.collect.contents import Wanted, tools_of
 from limbeck.collect.endpoints.anthropic import AnthropicMessages
 from limbeck.collect.endpoints.batch_raw import batch_of, unwrapped
-from limbeck.collect.endpoints.dialects import Dialect
+from limbeck.collect.endpoints.dialects import Dialect, Read
 from limbeck.collect.endpoints.openai_chat import OpenAIChat
 from limbeck.collect.endpoints.openai_responses import OpenAIResponses
 from limbeck.collect.endpoints.reply import Usage
@@ -30,6 +30,9 @@ _IMAGE_TOKENS = 50_000
 """The most that an image is billed for anywhere: 48,169, by OpenAI's rule for gpt-4o-mini in full detail (its guide to
 images, 2025)."""
 _IMAGE_MARKS = (b'"type":"image_url"', b'"type":"input_image"', b'"type":"image"')
+_BODY, _AFTER_BODY = b'{"body":', b',"endpoint":'
+"""What stands around the body in a request's canonical JSON. Where a key of the body is called so too, it comes before;
+texts cannot look like it, since quotes inside of them are escaped."""
 _TOOL_MARKS = (b'"tools":[', b'"json_schema"')
 """What only a request's own keys look like: quotes inside of texts are escaped."""
 
@@ -67,17 +70,16 @@ def canonical_fast(value: JsonValue) -> bytes:
 
 def _prepared(value: JsonValue) -> object:
     """The value with its floats as RFC 8785 writes them. Raises `ValueError` for what orjson would write otherwise."""
-    if isinstance(value, str | bool) or value is None:
-        return value
-    if isinstance(value, dict):
-        if not all(map(str.isascii, value)):
+    kind = type(value)
+    if kind is dict:
+        if not "".join(value).isascii():  # type: ignore[arg-type]
             raise ValueError
-        return {key: _prepared(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_prepared(inner) for inner in value]
-    if isinstance(value, float):
-        return orjson.Fragment(_float(value))
-    if abs(value) >= 2**53:
+        return {key: inner if type(inner) is str else _prepared(inner) for key, inner in value.items()}  # type: ignore[union-attr]
+    if kind is list:
+        return [inner if type(inner) is str else _prepared(inner) for inner in value]  # type: ignore[union-attr]
+    if kind is float:
+        return orjson.Fragment(_float(value))  # type: ignore[arg-type]
+    if kind is int and abs(value) >= 2**53:  # type: ignore[arg-type, operator]
         raise ValueError
     return value
 
@@ -134,20 +136,25 @@ class Endpoint:
 
     def parse(self, request: Request, raw: bytes) -> Parsed:
         """Text and counts of a raw answer, whatever it is; where it names no model, the one that was asked for."""
-        parsed = self.dialect.read(unwrapped(raw)).parsed
-        return parsed if parsed.model else parsed._replace(model=self.settings.model)
+        return self.read(raw).parsed
 
     def usage(self, raw: bytes) -> Usage | None:
         """What the provider counted; None where it did not say."""
-        return self.dialect.read(unwrapped(raw)).usage
+        return self.read(raw).usage
+
+    def read(self, raw: bytes) -> Read:
+        """The same as `parse` and `usage`, together."""
+        read = self.dialect.read(unwrapped(raw))
+        return read if read.parsed.model else Read(read.parsed._replace(model=self.settings.model), read.usage)
 
     def batch(self, raw: bytes) -> str | None:
         """The provider's id of the batch in which an answer came; None where it was asked for alone."""
         return batch_of(raw)
 
     def wire(self, request: Request) -> bytes:
-        """The bytes that are sent."""
-        return orjson.dumps(orjson.loads(request.body)["body"])
+        """The bytes that are sent: the request's first value, since `body` is the first of its keys."""
+        start, end = len(_BODY), request.body.rindex(_AFTER_BODY)
+        return request.body[start:end]
 
     def bound(self, wire: bytes) -> Bound:
         """The most that a request can be billed for.
