@@ -171,7 +171,7 @@ def _account(teachers: Sequence[Writing | Endpoint], recipe: Recipe) -> Account 
         return None
     from limbeck.collect.endpoints.stage import open_account
 
-    return open_account(endpoints, recipe.collect.batched)
+    return open_account(endpoints, recipe)
 
 
 def _ask(teacher: Writing, recipe: Recipe, run: RunDir, journal: Journal, line: Line) -> _Spent:

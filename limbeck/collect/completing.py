@@ -66,7 +66,7 @@ class Completing:
     """Writes completions to a file, and counts."""
 
     def __init__(self, file: RecordFile[Completion], recipe: Recipe, account: Account | None):
-        self._file, self._recipe, self.totals = file, recipe, Totals(account)
+        self._file, self._settings, self.totals = file, recipe.collect, Totals(account)
 
     def add(self, asked: Asked, parsed: Parsed, kept: Kept, batch: str | None) -> None:
         """Append the completion that this answer makes."""
@@ -96,7 +96,7 @@ class Completing:
             return Wanted()
         from limbeck.collect.endpoints.teacher import wanted
 
-        return wanted(asked.prompt, self._recipe.collect)
+        return wanted(asked.prompt, self._settings)
 
 
 class Ahead:

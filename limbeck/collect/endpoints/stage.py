@@ -73,12 +73,13 @@ def ask_endpoint(
     return asked._replace(answers=asked.answers + before.answers, tokens=asked.tokens + before.tokens)
 
 
-def open_account(teachers: Sequence[Endpoint], batch: Batch | None) -> Account:
+def open_account(teachers: Sequence[Endpoint], recipe: Recipe) -> Account:
     """An account of what these teachers charge, for requests and for rows of batches."""
-    share = (batch or Batch()).price_share
+    share = (recipe.collect.batched or Batch()).price_share
     return Account(
         {teacher.identity.name: prices_of(teacher.settings) for teacher in teachers},
         {teacher.identity.name: batch_prices_of(teacher.settings, share) for teacher in teachers},
+        keeps_cut_off=recipe.curate.cut_off == "keep",
     )
 
 

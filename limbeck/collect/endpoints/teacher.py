@@ -29,6 +29,7 @@ or a schema."""
 _IMAGE_TOKENS = 50_000
 """The most that an image is billed for anywhere: 48,169, by OpenAI's rule for gpt-4o-mini in full detail (its guide to
 images, 2025)."""
+_TYPE_MARK = b'"type":"i'
 _IMAGE_MARKS = (b'"type":"image_url"', b'"type":"input_image"', b'"type":"image"')
 _BODY, _AFTER_BODY = b'{"body":', b',"endpoint":'
 """What stands around the body in a request's canonical JSON. Where a key of the body is called so too, it comes before;
@@ -111,19 +112,19 @@ class Endpoint:
         Raises `PromptError` where the API has no words for it.
         """
         # 31 bits: what every server takes.
-        seed = derive_seed(self._seed, "answer", prompt.id, sample) >> 32
+        seed, settings = derive_seed(self._seed, "answer", prompt.id, sample) >> 32, self.settings
         try:
             body = self.dialect.body(
-                self.settings.model, prompt.messages, self._collect, seed, wanted(prompt, self._collect)
+                settings.model, prompt.messages, self._collect, seed, wanted(prompt, self._collect)
             )
         except ValueError as error:
             raise self._not_taken(prompt, str(error)) from None
-        sent: dict[str, JsonValue] = {key: value for key, value in body.items() if key not in self.settings.omit}
+        sent = {key: value for key, value in body.items() if key not in settings.omit} if settings.omit else dict(body)
         content: dict[str, JsonValue] = {
             "form": self.dialect.form,
             "endpoint": self.address,
             "sample": sample,
-            "body": sent | self.settings.extra,
+            "body": sent | settings.extra,
         }
         canonical = canonical_fast(content)
         return Request(digest_bytes(canonical), canonical)
@@ -162,17 +163,20 @@ class Endpoint:
         A tokenizer that knows bytes makes no more tokens of a text than it has bytes, and JSON makes the text no
         shorter; so the length of what is sent bounds the prompt.
         """
-        prompt = len(wire) + _OVERHEAD + _IMAGE_TOKENS * sum(map(wire.count, _IMAGE_MARKS))
-        prompt += _OVERHEAD_TOOLS * any(mark in wire for mark in _TOOL_MARKS)
+        prompt = len(wire) + _OVERHEAD
+        if _TYPE_MARK in wire:
+            prompt += _IMAGE_TOKENS * sum(map(wire.count, _IMAGE_MARKS))
+        if _TOOL_MARKS[0] in wire or _TOOL_MARKS[1] in wire:
+            prompt += _OVERHEAD_TOOLS
         return Bound(prompt, self._collect.max_tokens)
 
 
 def wanted(prompt: Prompt, collect: recipe.Collect) -> Wanted:
     """What a prompt asks for: its own tools and schema, or the recipe's."""
-    tools = prompt.tools
+    tools, schema = prompt.tools, prompt.json_schema
     if tools is None and collect.tools:
         tools = _recipe_tools(orjson.dumps(collect.tools))
-    return Wanted(tools, prompt.json_schema if prompt.json_schema is not None else collect.json_schema)
+    return Wanted(tools, collect.json_schema if schema is None else schema)
 
 
 @lru_cache(maxsize=8)
