@@ -3,6 +3,8 @@ the journal afterwards."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import shutil
 from pathlib import Path
 
@@ -99,8 +101,6 @@ def test_requests_that_are_alike_are_two_rows_of_one_answer(tmp_path: Path, monk
     tool = {"type": "function", "function": {"name": "look", "description": None, "parameters": {"type": "object"}}}
     monkeypatch.setattr("limbeck.collect.collect._STRETCH_SENT", 2)
     rows = [{"prompt": f"What is {n}?", **({"tools": [tool]} if twin else {})} for n in range(20) for twin in (0, 1)]
-    import json
-
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with Server(Settings(words=20, delay=0.01)) as server:
@@ -110,3 +110,35 @@ def test_requests_that_are_alike_are_two_rows_of_one_answer(tmp_path: Path, monk
     assert len({c.request_id for c in found}) == 20
     ahead = (tmp_path / "run" / "completions.parquet").read_bytes()
     assert ahead == from_journal(recipe, tmp_path / "run", tmp_path / "again", monkeypatch)
+
+
+def test_it_can_be_collected_where_an_event_loop_runs_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As in a notebook; more prompts than one stretch."""
+    monkeypatch.setattr("limbeck.collect.collect._STRETCH_SENT", 16)
+    with Server(Settings(words=20)) as server:
+        recipe = made(server.url, file_of(tmp_path, 60))
+
+        async def cell() -> int:
+            return len(ask(recipe, tmp_path / "run")[1])
+
+        assert asyncio.run(cell()) == 60
+
+
+def test_a_full_disk_ends_the_stage_and_loses_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """completions.parquet cannot be written while requests are under way; nothing half-written stays."""
+    monkeypatch.setattr("limbeck.collect.collect._STRETCH_SENT", 16)
+    with Server(Settings(words=20)) as server:
+        recipe = made(server.url, file_of(tmp_path, 100))
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(completing.Completing, "add", full)
+            with pytest.raises(OSError, match="No space left"):
+                ask(recipe, tmp_path / "run")
+        assert sorted(path.name for path in (tmp_path / "run").glob("*completions*")) == []
+        with Journal(tmp_path / "run" / "journal.db") as journal:
+            assert len(journal) == server.bill.requests > 0
+        assert len(ask(recipe, tmp_path / "run")[1]) == 100
+        assert server.bill.requests == 100

@@ -124,12 +124,13 @@ class Journal:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        # One of each for all rows: making one costs more than using it. Neither may be shared between threads.
+        # One of each for all rows: making one costs more than using it. Two threads may not use one at the same time.
         self._packer = zstandard.ZstdCompressor(level=3)
         self._pack = self._packer.compress
         self._unpack_zstd = zstandard.ZstdDecompressor().decompress
         with self._telling():
-            self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+            # Where an event loop runs already (a notebook), endpoints are asked from another thread while this one waits.
+            self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
             try:
                 self._refuse_foreign()
                 self._db.execute("PRAGMA journal_mode = WAL")
