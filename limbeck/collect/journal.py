@@ -31,6 +31,7 @@ from typing import NamedTuple, Self
 
 import zstandard
 
+from limbeck.collect.journal_sums import Outcomes, Took
 from limbeck.collect.migrations import MIGRATIONS as _MIGRATIONS
 from limbeck.collect.teachers import Answer
 from limbeck.errors import InputError, Problem
@@ -90,23 +91,6 @@ class Kept(NamedTuple):
     """When it was journaled, UTC."""
 
 
-class Outcomes(NamedTuple):
-    """All requests of one account that ended alike."""
-
-    requests: int
-    cost: int
-    """Picodollars."""
-
-
-class Took(NamedTuple):
-    """What an answer took."""
-
-    seconds: float
-    """From the moment its request was about to leave; 0 where that was not written down."""
-    bytes: int
-    """In the journal, packed."""
-
-
 KILLED = "killed"
 """Outcome of a request that was under way when its process ended without a word; its cost is the most it can
 have been."""
@@ -129,7 +113,7 @@ class Journal:
         self._pack = self._packer.compress
         self._unpack_zstd = zstandard.ZstdDecompressor().decompress
         with self._telling():
-            # Where an event loop runs already (a notebook), endpoints are asked from another thread while this one waits.
+            # Where an event loop runs already (a notebook), endpoints are asked from another thread; this one waits.
             self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
             try:
                 self._refuse_foreign()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pydantic import JsonValue
 
 from limbeck.collect.endpoints.prices import Prices, dollars
-from limbeck.collect.journal import Outcomes
+from limbeck.collect.journal_sums import Outcomes
 
 _USABLE = frozenset({"stop", "tool_calls"})
 
