@@ -3,8 +3,9 @@
     python benchmarks/collecting.py --connections 100 --requests 6000
     python benchmarks/collecting.py --connections 500 --requests 20000 --peer-rounds 0
 
-The server (benchmarks/answering.py) has one core, each client the others: on two cores, a client has one. Every run is
-a process of its own, and they take turns. The bare loop sends the same bytes as limbeck and reads the answers as JSON.
+The server (benchmarks/answering.py) has one core, each client the others: on two cores, a client has one. With `--cores
+all` clients may use the server's too. Every run is a process of its own, and they take turns. The bare loop sends the
+same bytes as limbeck and reads the answers as JSON.
 Of `collect` there are two figures: until every answer is journaled, and until completions.parquet is there too. Peers
 are asked fewer requests and in fewer rounds, because they take long; benchmarks/peers/environment.py makes what they
 live in.
@@ -62,6 +63,9 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=100)
     parser.add_argument("--requests", type=int, default=6000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--cores", choices=["own", "all"], default="own", help="what clients may use: not the server's, or all"
+    )
     parser.add_argument("--peer-rounds", type=int, default=1, help="rounds in which the others are asked too")
     parser.add_argument("--as", dest="role", choices=["bare", "collect"], help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
@@ -76,7 +80,7 @@ def main() -> None:
 def _compare(given: argparse.Namespace) -> None:
     cores = sorted(os.sched_getaffinity(0))
     with _server(cores[0]) as (url, server):
-        os.sched_setaffinity(0, set(cores[1:]) or set(cores))
+        os.sched_setaffinity(0, set(cores if given.cores == "all" else cores[1:]) or set(cores))
         ours = [sys.executable, __file__, "--connections", str(given.connections), "--url", url]
         commands = {
             name: [*ours, "--requests", str(given.requests), "--as", role]

@@ -15,14 +15,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from limbeck.collect.collect import collect
+from limbeck.collect.completing import behind_endpoint
 from limbeck.collect.digests import DigestSet
 from limbeck.collect.endpoints.prices import Prices, batch_prices_of, dollars, picodollars, prices_of
-from limbeck.collect.endpoints.teacher import Endpoint
 from limbeck.collect.files import iter_file_prompts
 from limbeck.collect.journal import Journal
 from limbeck.collect.teachers import make_teacher
@@ -30,12 +30,14 @@ from limbeck.errors import InputError, Problem
 from limbeck.evaluate.statistics import ratio_interval
 from limbeck.progress import Progress
 from limbeck.recipe import NO_ENDPOINT, DatasetPrompts, FilePrompts, Recipe
-from limbeck.recipe.prompts import WrittenPrompts
 from limbeck.records import Completion, Prompt, Split
 from limbeck.rundir import RunDir
 from limbeck.seeds import derive_seed
 from limbeck.tables import read_records, write_records
 from limbeck.terms.stage import refuse_before
+
+if TYPE_CHECKING:
+    from limbeck.collect.endpoints.teacher import Endpoint
 
 
 class Figure(NamedTuple):
@@ -57,6 +59,11 @@ class Estimate:
     """What collecting will take."""
 
     prompts: int
+    written: int
+    """Of them, prompts that a teacher writes. Only `prompts` and `requests` count them: what writing and answering them
+    takes is not known beforehand."""
+    here: int
+    """Answers of teachers that run here: nothing is paid for them."""
     requests: int
     """To endpoints."""
     journaled: int
@@ -85,9 +92,9 @@ def estimate(
         InputError: wrong prompts; or a pilot without a place for its answers, or larger than the prompts.
         RefusedError, EndpointError: the pilot came upon the cap, or upon an endpoint that does not answer.
     """
-    teachers = [
-        made for t in recipe.teachers if isinstance(made := make_teacher(t, recipe.collect, recipe.seed), Endpoint)
-    ]
+    chosen_teachers = [t for t in recipe.teachers if t.kind not in NO_ENDPOINT]  # others load what is not needed here
+    made = (make_teacher(t, recipe.collect, recipe.seed) for t in chosen_teachers)
+    teachers = [teacher for teacher in made if behind_endpoint(teacher)]
     batch = recipe.collect.batched
     priced = {
         t.identity.name: batch_prices_of(t.settings, batch.price_share) if batch else prices_of(t.settings)
@@ -100,18 +107,20 @@ def estimate(
         _refuse_pilot(recipe, pilot, len(chosen), path)
     count = sum(1 for _ in _prompts(recipe))
     own = sum(source.count for source in recipe.prompts if not isinstance(source, FilePrompts | DatasetPrompts))
-    bounds = _bounds(recipe, teachers, priced, path)
     measured = {}
     if pilot and path is not None:
         measured = _pilot(recipe, chosen, priced, path, progress or Progress.silent())
+    bounds = _bounds(recipe, teachers, priced, path)
     return Estimate(
         prompts=count + own,
-        requests=count * len(teachers) * recipe.collect.samples,
+        written=own,
+        here=(count + own) * sum(t.kind == "local" for t in recipe.teachers) * recipe.collect.samples,
+        requests=(count + own) * len(teachers) * recipe.collect.samples,
         journaled=bounds.journaled,
         pilot=len(chosen),
         batches=batch is not None and bool(teachers),
         prices={name: one.source if one else "unknown" for name, one in priced.items()},
-        figures=tuple(_figures(recipe, count, bounds, measured, all(priced.values()))),
+        figures=tuple(_figures(recipe, count, own, bounds, measured, all(priced.values()))) if teachers else (),
     )
 
 
@@ -144,9 +153,13 @@ def _chosen(recipe: Recipe, pilot: int) -> list[Prompt]:
 def _refuse_pilot(recipe: Recipe, pilot: int, there: int, path: Path | None) -> None:
     problems = []
     if all(teacher.kind in NO_ENDPOINT for teacher in recipe.teachers):
-        remedy = "leave --pilot out; a local teacher costs nothing"
-        problems.append(Problem("--pilot", "only local teachers", "a teacher behind an endpoint", remedy))
-    if pilot < 2 or pilot > there:
+        remedy = "leave --pilot out: nothing is paid for the answers of this recipe's teachers"
+        problem = Problem("--pilot", "no teacher behind an endpoint", "one that is paid for", remedy)
+        raise InputError("no pilot can be made", [problem])
+    if there < 2:
+        found, expected = f"{there} prompts in files and data sets", "at least 2: a pilot is drawn from them"
+        problems.append(Problem("--pilot", found, expected, "leave --pilot out"))
+    elif pilot < 2 or pilot > there:
         remedy = "give a number in between; 30 is a good start"
         problems.append(Problem("--pilot", str(pilot), f"2 to {there}, the number of different prompts", remedy))
     if path is None:
@@ -204,8 +217,12 @@ def _pilot(
 
 
 def _figures(
-    recipe: Recipe, prompts: int, bounds: _Bounds, measured: dict[str, list[float]], priced: bool
+    recipe: Recipe, prompts: int, written: int, bounds: _Bounds, measured: dict[str, list[float]], priced: bool
 ) -> Iterator[Figure]:
+    """Of teachers behind endpoints. Where prompts are still to be written, nothing bounds what there is to read and to
+    answer, nor how many candidates it takes until enough are kept: only the cap holds.
+    """
+
     def figure(name: str, unit: str, key: str, scale: float, at_most: float | None) -> Figure:
         if key not in measured:
             return Figure(name, unit, None, None, None, at_most)
@@ -213,16 +230,14 @@ def _figures(
         found = ratio_interval(sums_P, np.ones(len(sums_P)), seed=derive_seed(recipe.seed, "estimate", key) >> 10)
         return Figure(name, unit, *found, at_most)
 
-    yield figure("prompt tokens", "tokens", "prompt", 1, bounds.prompt_tokens)
-    yield figure("answer tokens", "tokens", "completion", 1, bounds.completion_tokens)
+    yield figure("prompt tokens", "tokens", "prompt", 1, None if written else bounds.prompt_tokens)
+    yield figure("answer tokens", "tokens", "completion", 1, None if written else bounds.completion_tokens)
     cap = recipe.collect.budget.money
     if priced:
-        worst = bounds.money if cap is None else min(bounds.money, picodollars(cap))
-        if cap is not None and any(isinstance(source, WrittenPrompts) for source in recipe.prompts):
-            worst = picodollars(cap)
-        # Nobody knows beforehand how many candidates it takes until enough prompts were written that are kept.
-        bounded = cap is not None or not any(isinstance(source, WrittenPrompts) for source in recipe.prompts)
-        yield figure("money", "US dollars", "money", dollars(1), dollars(worst) if bounded else None)
+        worst = None if written else bounds.money
+        if cap is not None:
+            worst = picodollars(cap) if worst is None else min(worst, picodollars(cap))
+        yield figure("money", "US dollars", "money", dollars(1), None if worst is None else dollars(worst))
     endpoints = sum(teacher.kind not in NO_ENDPOINT for teacher in recipe.teachers)
     requests = prompts * endpoints * recipe.collect.samples
     if recipe.collect.batched is None:
@@ -232,9 +247,15 @@ def _figures(
 
 def as_text(found: Estimate) -> str:
     """For a person at a terminal."""
-    lines = [
-        f"{found.prompts:,} prompts, {found.requests:,} requests to endpoints, {found.journaled:,} answered already",
-        *(f"prices of {name}: {source}" for name, source in found.prices.items()),
+    share = "all" if found.written == found.prompts else f"{found.written:,}"
+    lines = [f"{found.prompts:,} prompts" + (f", {share} of them yet to be written" if found.written else "")]
+    if found.here:
+        lines.append(f"{found.here:,} answers of teachers that run here: nothing to pay, time as this machine takes")
+    if not found.prices:
+        return "\n".join(lines if found.here else [*lines, "no requests to endpoints: nothing to pay"])
+    lines += [
+        f"{found.requests:,} requests to endpoints, {found.journaled:,} answered already",
+        *(f"prices of {name}: {_source(source)}" for name, source in found.prices.items()),
     ]
     for one in found.figures:
         told = []
@@ -244,20 +265,36 @@ def as_text(found: Estimate) -> str:
             told.append(f"({_number(one, one.low)} to {_number(one, one.high)})")
         if one.at_most is not None:
             told.append(f"at most {_number(one, one.at_most)}")
-        lines.append(
-            f"{one.name:<14} {' '.join(told) or 'not known without a pilot'} {one.unit if told else ''}".rstrip()
-        )
+        lines.append(f"{one.name:<14} {' '.join(told) or _unknown(found)} {one.unit if told else ''}".rstrip())
+    return "\n".join([*lines, *_remarks(found)])
+
+
+def _source(source: str) -> str:
+    return "unknown; give the teacher a price to have money counted" if source == "unknown" else source
+
+
+def _unknown(found: Estimate) -> str:
+    return "not known beforehand" if found.pilot or found.written == found.prompts else "not known without a pilot"
+
+
+def _remarks(found: Estimate) -> Iterator[str]:
+    """What has to be known to read the figures."""
+    if found.journaled:
+        yield "figures are of all requests; what is answered already is not paid for again"
+    if found.written:
+        yield "figures leave out prompts that are yet to be written: what they take is not known; a cap covers them"
     if found.batches:
-        lines.append("in batches: a provider answers a batch within 24 hours; what it did not come to is asked again")
+        yield "in batches: a provider answers a batch within 24 hours; what it did not come to is asked again"
     if found.pilot:
-        lines.append(
-            f"projected from {found.pilot} prompts, whose answers lie in the journal; in brackets 95 % intervals"
-            + ("; they were asked alone, at full price" if found.batches else "")
-        )
-    else:
-        lines.append("projected from nothing yet: --pilot 30 asks 30 of the prompts")
-    return "\n".join(lines)
+        alone = "; they were asked alone, at full price" if found.batches else ""
+        told = "whose answers lie in the journal; in brackets 95 % intervals"
+        yield f"projected from {found.pilot} prompts, {told}{alone}"
+    elif (there := found.prompts - found.written) >= 2:
+        some = min(30, there)
+        yield f"projected from nothing yet: --pilot {some} --out RUN asks {some} of the prompts"
 
 
 def _number(figure: Figure, value: float) -> str:
-    return f"{value:,.4f}" if figure.unit == "US dollars" else f"{value:,.0f}"
+    if figure.unit == "US dollars":
+        return f"{value:,.4f}"
+    return f"{value:,.1f}" if figure.unit == "seconds" and value < 100 else f"{value:,.0f}"

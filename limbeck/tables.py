@@ -10,12 +10,14 @@ import json
 import os
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from enum import StrEnum
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +31,14 @@ _ROWS = 2048
 """Rows that are Python objects at a time while a table is read. Reading ahead (`pre_buffer`) is off as well: it keeps
 what was read of all row groups until the end.
 """
+
+_GROUP = 4096
+"""Rows of a row group."""
+_PIECE = 512
+"""Rows that become Arrow's together: a few milliseconds' work, so that who writes beside an event loop does not hold it
+up for long."""
+
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 _SCALARS: dict[type, pa.DataType] = {
     str: pa.string(),
@@ -67,20 +77,74 @@ def schema(record: type) -> pa.Schema:
     return pa.schema([(name, kind) for name, (kind, _) in _columns(record).items()])
 
 
-def write_records(path: str | os.PathLike[str], records: Iterable[R], record: type[R], *, batch: int = 4096) -> int:
+class RecordFile(Generic[R]):
+    """A Parquet file of records that is written as they come. A context manager; who makes it under a temporary name
+    (`atomic`) has it whole or not at all.
+
+    Law: the bytes hang on the records and their order alone, not on when they came.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], record: type[R]):
+        self.rows = 0
+        """Added so far."""
+        self._schema, columns = schema(record), _columns(record)
+        self._values = attrgetter(*columns)
+        self._texts = [(n, _dumper(record, name)) for n, (name, (_, text)) in enumerate(columns.items()) if text]
+        self._new: list[list[Any]] = []
+        self._pieces: list[pa.Table] = []
+        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._write()
+        self._writer.close()
+
+    def add(self, item: R) -> None:
+        """Append a record."""
+        row = list(self._values(item))
+        for n, dump in self._texts:
+            if row[n] is not None:
+                row[n] = dump(row[n])
+        self._new.append(row)
+        self.rows += 1
+        if self.rows % _PIECE == 0:
+            self._piece()
+        if self.rows % _GROUP == 0:
+            self._write()
+
+    def _piece(self) -> None:
+        columns = zip(*self._new, strict=True)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, self._schema, strict=True)]
+        self._pieces.append(pa.table(arrays, schema=self._schema))
+        self._new = []
+
+    def _write(self) -> None:
+        if self._new:
+            self._piece()
+        if self._pieces:
+            self._writer.write_table(pa.concat_tables(self._pieces).combine_chunks())
+            self._pieces = []
+
+
+def _dumper(record: type, name: str) -> Callable[[Any], str]:
+    """Values of a column that is JSON text, to that text."""
+    if issubclass(record, tuple):
+        return _encode
+    dump = TypeAdapter(typing.get_type_hints(record, include_extras=True)[name]).dump_python
+    return lambda value: _encode(dump(value))
+
+
+def write_records(path: str | os.PathLike[str], records: Iterable[R], record: type[R]) -> int:
     """Write records to a Parquet file, whole or not at all; returns how many."""
-    columns, adapter, count = _columns(record), TypeAdapter(record), 0
-    with atomic(path) as temporary, pq.ParquetWriter(temporary, schema(record), compression="zstd") as writer:
-        for chunk in _chunks(records, batch):
-            rows: dict[str, list[Any]] = {name: [] for name in columns}
-            for item in chunk:
-                values = item._asdict() if isinstance(item, tuple) else adapter.dump_python(item)  # type: ignore[attr-defined]
-                for name, (_, as_json) in columns.items():
-                    value = values[name]
-                    rows[name].append(json.dumps(value, ensure_ascii=False) if as_json and value is not None else value)
-            writer.write_table(pa.table(rows, schema=schema(record)))
-            count += len(chunk)
-    return count
+    with atomic(path) as temporary, RecordFile(temporary, record) as file:
+        for item in records:
+            file.add(item)
+    return file.rows
 
 
 def read_records(path: str | os.PathLike[str], record: type[R]) -> Iterator[R]:
@@ -104,14 +168,3 @@ def records_of(batches: Iterable[pa.RecordBatch], record: type[R]) -> Iterator[R
 def count_records(path: str | os.PathLike[str]) -> int:
     """How many records a file has, by its own word: no row is read."""
     return pq.read_metadata(Path(path)).num_rows
-
-
-def _chunks(items: Iterable[R], size: int) -> Iterator[Sequence[R]]:
-    chunk: list[R] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -125,6 +126,19 @@ def test_what_was_wasted_is_summed_by_kind_and_shown(tmp_path: Path, monkeypatch
         total = sum(one["dollars_at_most"] for one in waste.values())
         assert total == pytest.approx(facts["money"]["wasted_dollars"], abs=1e-12)
         assert waste == by_kind(wasted)
+        assert "cut off, refused" in facts["money"]["waste_is"]
+        keeping = recipe.model_copy(update={"curate": recipe.curate.model_copy(update={"cut_off": "keep"})})
+        (tmp_path / "kept").mkdir()
+        for name in ("prompts.parquet", "journal.db"):
+            shutil.copy(root / name, tmp_path / "kept" / name)
+        kept, _ = ask(keeping, tmp_path / "kept", offline=True)
+        assert kept["finish_reasons"]["length"] == 1
+        # Another recipe: requests that came to nothing are on the first one's account.
+        answers = {kind: waste[kind] for kind in ("refusals", "unparsable")}
+        assert kept["money"]["waste"] == answers
+        total = sum(one["dollars_at_most"] for one in answers.values())
+        assert 0 < kept["money"]["wasted_dollars"] == pytest.approx(total, abs=1e-12)
+        assert "cut off are kept" in kept["money"]["waste_is"]
     from datetime import UTC, datetime
 
     with Ledger(root / "ledger.db") as ledger:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from decimal import Decimal
 from pathlib import Path
 
@@ -46,6 +48,7 @@ def test_a_pilot_is_paid_for_once_and_its_interval_covers_the_bill(tmp_path: Pat
         recipe = made(server.url, file_of(tmp_path, 120), teacher=PRICED)
         found = estimate(recipe, pilot=30, journal=tmp_path / "run" / "journal.db")
         assert server.bill.requests == 30
+        assert found.journaled == 30
         assert estimate(recipe, pilot=30, journal=tmp_path / "run" / "journal.db").figures == found.figures
         assert server.bill.requests == 30
         facts, _ = ask(recipe, tmp_path / "run")
@@ -107,6 +110,58 @@ def test_a_pilot_that_cannot_be_is_refused(tmp_path: Path):
         estimate(recipe, pilot=30)
     assert len(error.value.problems) == 2
     assert all(p.remedy for p in error.value.problems)
+
+
+def local(source: dict) -> dict:
+    """A recipe whose teacher runs here."""
+    return {
+        "name": "here", "teacher": {"kind": "local", "model": "./nowhere", "terms": "own-model"}, "prompts": [source],
+        "student": {"kind": "pretrained", "model": "./nowhere"},
+    }  # fmt: skip
+
+
+def test_teachers_that_run_here_cost_nothing_and_need_no_extra(tmp_path: Path):
+    """Without the packages of the extra `collect`, and without weights."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(local(file_of(tmp_path, 7)) | {"collect": {"samples": 3}}))
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(('orjson', 'aiohttp', 'genai_prices'))); "
+        "from limbeck.cli import app; app()"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", program, "estimate", str(path)], capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 0, told.stderr
+    assert "7 prompts" in told.stdout
+    assert "21 answers" in told.stdout
+    assert "at most 0" not in told.stdout
+    path.write_text(yaml.safe_dump(made("http://127.0.0.1:9", file_of(tmp_path, 7)).model_dump(mode="json")))
+    told = subprocess.run(
+        [sys.executable, "-c", program, "estimate", str(path)], capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 2
+    assert "[collect]" in told.stderr
+
+
+def test_prompts_that_are_yet_to_be_written_are_counted_and_not_bounded(tmp_path: Path):
+    written = {"kind": "evolve", "count": 9, "seeds": {"kind": "file", "path": file_of(tmp_path, 5)["path"]}}
+    recipe = made("http://127.0.0.1:9", written, teacher=PRICED, samples=2)
+    found = estimate(recipe)
+    assert (found.prompts, found.written, found.requests) == (9, 9, 18)
+    assert all(figure.at_most is None for figure in found.figures)
+    capped = made("http://127.0.0.1:9", written, teacher=PRICED, budget={"money": 2.5})
+    assert figures(estimate(capped))["money"][3] == 2.5
+    with pytest.raises(InputError) as error:
+        estimate(recipe, pilot=2, journal=tmp_path / "j.db")
+    assert "0 prompts" in str(error.value)
+
+
+def test_a_pilot_of_teachers_that_run_here_is_refused_in_one_sentence(tmp_path: Path):
+    from limbeck.recipe import Recipe
+
+    with pytest.raises(InputError) as error:
+        estimate(Recipe.model_validate(local({"kind": "self-prompt", "count": 20})), pilot=2)
+    assert len(error.value.problems) == 1
 
 
 def test_the_command(tmp_path: Path):

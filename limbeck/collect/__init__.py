@@ -15,7 +15,9 @@ answers      a teacher whose answers lie in a file
 local        a teacher run here by transformers
 endpoints    teachers asked over HTTP: what is sent, how fast, and for how much
 journal      requests and raw answers, kept through a kill or a power cut
+journal_sums what it says of many requests
 migrations   its tables, version by version
 writer       the journal's one writer while requests are under way
+completing   answers to completions, while others are under way or from the journal
 collect      the stage `collect`: every prompt, teacher and sample to completions.parquet
 """

@@ -1,33 +1,30 @@
 """The stage `collect`: every prompt, teacher and sample to completions.parquet.
 
-What the journal has is not asked again. Answers go into the journal first, group by group; completions are
-made from the journal when all are there.
+What the journal has is not asked again. Answers go into the journal first, group by group, and are then made into
+completions (`limbeck.collect.completing`).
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import JsonValue
-from typing_extensions import TypeIs
 
-from limbeck.collect.contents import Wanted, mismatch
-from limbeck.collect.journal import Journal, Journaled, held, journal_path
+from limbeck.collect.completing import Ahead, Asked, Completing, asked_by, behind_endpoint
+from limbeck.collect.journal import Journal, held, journal_path
 from limbeck.collect.shards import merge_shards
 from limbeck.collect.teachers import Request, Teacher, Writing, make_teacher
 from limbeck.errors import PromptError
 from limbeck.progress import Line
-from limbeck.recipe import NO_ENDPOINT, Recipe
+from limbeck.recipe import Recipe
 from limbeck.records import Completion, Digest, Prompt
-from limbeck.rundir import RunDir
-from limbeck.tables import count_records, read_records, write_records
+from limbeck.rundir import RunDir, atomic
+from limbeck.tables import RecordFile, count_records, read_records
 from limbeck.terms.stage import refuse_before
 
 if TYPE_CHECKING:
@@ -39,9 +36,6 @@ _STRETCH = 4096
 
 _STRETCH_SENT = 256
 """The same where requests are sent one by one: while they are made ready nothing else happens."""
-
-_READ = 128
-"""Answers that are read from the journal together."""
 
 _COLLECTED = 50_000
 """Objects more than before, from which on the garbage collector looks."""
@@ -61,7 +55,7 @@ class _Spent(NamedTuple):
 
 
 def collect(recipe: Recipe, run: RunDir, *, account: Digest | None = None) -> dict[str, JsonValue]:
-    """Ask what the journal lacks, then write completions.parquet in the order of prompts, teachers,
+    """Ask what the journal lacks, and write completions.parquet in the order of prompts, teachers,
     samples.
 
     Raises `PromptError` for prompts that a teacher cannot be asked: those of one stretch together, before any of
@@ -77,14 +71,16 @@ def collect(recipe: Recipe, run: RunDir, *, account: Digest | None = None) -> di
     with held(path), Journal(path) as journal, _rarely_collected():
         journal.close_open()
         merge_shards(journal)
-        with run.progress.line("collect", total, "answers") as line:
-            spent = _ask_all(teachers, recipe, run, journal, line, account)
-        totals = _Totals(_account(teachers, recipe))
-        completions = totals.counting(_completions(teachers, recipe, run, journal))
-        count = write_records(run / "completions.parquet", completions, Completion)
+        with atomic(run / "completions.parquet") as half, RecordFile(half, Completion) as file:
+            completing = Completing(file, recipe, _account(teachers, recipe))
+            ahead = Ahead(completing, journal)
+            with run.progress.line("collect", total, "answers") as line:
+                spent = _ask_all(teachers, recipe, run, journal, line, account, ahead)
+            ahead.make()
+            completing.add_all(asked_by(teachers, recipe, run, ahead.passed), journal)
         _keep_here(teachers, recipe, run, journal)
         refused, outcomes = journal.refused, journal.outcomes(account)
-    generated = sum(part.answers for part in spent)
+    generated, count, totals = sum(part.answers for part in spent), file.rows, completing.totals
     return {
         "answers": count,
         "unanswered": total - count,
@@ -112,13 +108,20 @@ def _rarely_collected() -> Iterator[None]:
 
 
 def _ask_all(
-    teachers: Sequence[Writing | Endpoint], recipe: Recipe, run: RunDir, journal: Journal, line: Line, account: Digest
+    teachers: Sequence[Writing | Endpoint],
+    recipe: Recipe,
+    run: RunDir,
+    journal: Journal,
+    line: Line,
+    account: Digest,
+    ahead: Ahead,
 ) -> list[_Spent]:
     """Ask every teacher. Raises why not everything was answered, where the recipe does not go on without."""
     spent: list[_Spent] = []
     for teacher in teachers:
-        if _behind_endpoint(teacher):
-            part = _ask_endpoint(teacher, recipe, run, journal, line, account)
+        if behind_endpoint(teacher):
+            alone = len(teachers) == 1 and recipe.collect.batched is None and recipe.collect.ray is None
+            part = _ask_endpoint(teacher, recipe, run, journal, line, account, ahead if alone else None)
         else:
             part = _ask(teacher, recipe, run, journal, line)
         if part.stopped is not None and (part.fatal or recipe.collect.unanswered == "stop"):
@@ -134,40 +137,41 @@ def _keep_here(teachers: Sequence[Writing | Endpoint], recipe: Recipe, run: RunD
     if journal.path == run / "journal.db":
         return
     with Journal(run / "journal.db") as own:
-        journal.copy_to(own, (asked.request.key for asked in _asked(teachers, recipe, run)))
+        journal.copy_to(own, (asked.request.key for asked in asked_by(teachers, recipe, run)))
 
 
 def _prompts(run: RunDir) -> Iterator[Prompt]:
     return read_records(run / "prompts.parquet", Prompt)
 
 
-def _behind_endpoint(teacher: Writing | Endpoint) -> TypeIs[Endpoint]:
-    """Told by its kind: what endpoints need may not be installed."""
-    return teacher.identity.kind not in NO_ENDPOINT
-
-
 def _ask_endpoint(
-    teacher: Endpoint, recipe: Recipe, run: RunDir, journal: Journal, line: Line, account: Digest
+    teacher: Endpoint,
+    recipe: Recipe,
+    run: RunDir,
+    journal: Journal,
+    line: Line,
+    account: Digest,
+    ahead: Ahead | None,
 ) -> _Spent:
     from limbeck.collect.endpoints.stage import ask_endpoint
 
     def stretches(shown: Line) -> Iterator[list[Request]]:
-        return _open_stretches(teacher, recipe, run, journal, shown, _STRETCH_SENT)
+        return _open_stretches(teacher, recipe, run, journal, shown, _STRETCH_SENT, ahead)
 
-    workers = recipe.collect.ray
     asked = ask_endpoint(
-        teacher, stretches, recipe, journal, line, account=account, offline=run.offline, workers=workers
-    )
+        teacher, stretches, recipe, journal, line, account=account, offline=run.offline, workers=recipe.collect.ray,
+        told=None if ahead is None else ahead.told,
+    )  # fmt: skip
     return _Spent(*asked)
 
 
 def _account(teachers: Sequence[Writing | Endpoint], recipe: Recipe) -> Account | None:
     """What the endpoints charge; None where there are none."""
-    if not (endpoints := [teacher for teacher in teachers if _behind_endpoint(teacher)]):
+    if not (endpoints := [teacher for teacher in teachers if behind_endpoint(teacher)]):
         return None
     from limbeck.collect.endpoints.stage import open_account
 
-    return open_account(endpoints, recipe.collect.batched)
+    return open_account(endpoints, recipe)
 
 
 def _ask(teacher: Writing, recipe: Recipe, run: RunDir, journal: Journal, line: Line) -> _Spent:
@@ -183,16 +187,25 @@ def _ask(teacher: Writing, recipe: Recipe, run: RunDir, journal: Journal, line: 
 
 
 def _open_stretches(
-    teacher: Teacher, recipe: Recipe, run: RunDir, journal: Journal, line: Line, size: int = _STRETCH
+    teacher: Writing | Endpoint,
+    recipe: Recipe,
+    run: RunDir,
+    journal: Journal,
+    line: Line,
+    size: int = _STRETCH,
+    ahead: Ahead | None = None,
 ) -> Iterator[list[Request]]:
-    """What the journal lacks of each stretch. Stretches are cut from all requests, so they stay the same
-    as the journal fills.
+    """What the journal lacks of each stretch; `ahead` hears of all. Stretches are cut from all requests, so they stay
+    the same as the journal fills.
     """
     asked = False
     pairs = ((prompt, sample) for prompt in _prompts(run) for sample in range(recipe.collect.samples))
     while stretch := list(islice(pairs, size)):
         requests = _requests(teacher, stretch)
         lacking = set(journal.missing(request.key for request in requests))
+        if ahead is not None:
+            whole = zip(requests, stretch, strict=True)
+            ahead.expect([Asked(request, *pair, teacher) for request, pair in whole], lacking)
         line.advance(len(requests) - len(lacking))
         if lacking and not asked:
             refuse_before(recipe)
@@ -213,101 +226,3 @@ def _requests(teacher: Teacher, stretch: Sequence[tuple[Prompt, int]]) -> list[R
         listed = f" ({len(refused)} times, the first {_LISTED} listed)" if len(refused) > _LISTED else ""
         raise PromptError(f"{refused[0].summary}{listed}", problems)
     return requests
-
-
-class _Asked(NamedTuple):
-    request: Request
-    prompt: Prompt
-    sample: int
-    teacher: Writing | Endpoint
-
-
-def _asked(teachers: Sequence[Writing | Endpoint], recipe: Recipe, run: RunDir) -> Iterator[_Asked]:
-    """Every request of the recipe, in the order of the completions."""
-    for prompt in _prompts(run):
-        for teacher in teachers:
-            for sample in range(recipe.collect.samples):
-                yield _Asked(teacher.request(prompt, sample), prompt, sample, teacher)
-
-
-def _completions(
-    teachers: Sequence[Writing | Endpoint], recipe: Recipe, run: RunDir, journal: Journal
-) -> Iterator[Completion]:
-    """A completion for every request that was answered; `_ask_all` let none unanswered that may not be."""
-    everything = _asked(teachers, recipe, run)
-    while group := list(islice(everything, _READ)):
-        found = journal.get_all([asked.request.key for asked in group])
-        for request, prompt, sample, teacher in group:
-            if (journaled := found.get(request.key)) is not None:
-                yield _completion(request, prompt, sample, teacher, journaled, _wanted(teacher, prompt, recipe))
-
-
-def _wanted(teacher: Writing | Endpoint, prompt: Prompt, recipe: Recipe) -> Wanted:
-    if not _behind_endpoint(teacher):
-        return Wanted()
-    from limbeck.collect.endpoints.teacher import wanted
-
-    return wanted(prompt, recipe.collect)
-
-
-def _completion(
-    request: Request, prompt: Prompt, sample: int, teacher: Writing | Endpoint, found: Journaled, wanted: Wanted
-) -> Completion:
-    parsed, who, schema = teacher.parse(request, found.raw), teacher.identity, wanted.json_schema
-    whole = parsed.finish_reason == "stop"
-    return Completion(
-        prompt_id=prompt.id,
-        sample=sample,
-        messages=prompt.messages,
-        text=parsed.text,
-        reasoning=parsed.reasoning,
-        finish_reason=parsed.finish_reason,
-        model=parsed.model,
-        teacher=who.name,
-        provider=who.provider,
-        route=who.route,
-        weights=who.weights,
-        terms=who.terms,
-        prompt_tokens=parsed.prompt_tokens,
-        completion_tokens=parsed.completion_tokens,
-        created=found.created,
-        request_id=request.key,
-        response=found.response,
-        split=prompt.split,
-        batch=teacher.batch(found.raw) if _behind_endpoint(teacher) else None,
-        tools=wanted.tools,
-        tool_calls=parsed.tool_calls or None,
-        json_schema=schema,
-        mismatch=mismatch(parsed.text, schema) if schema is not None and whole else None,
-    )
-
-
-@dataclass
-class _Totals:
-    """Counts over the completions as they are written."""
-
-    account: Account | None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    finish_reasons: Counter[str] = field(default_factory=Counter)
-    by_teacher: Counter[str] = field(default_factory=Counter)
-
-    def counting(self, completions: Iterable[Completion]) -> Iterator[Completion]:
-        for completion in completions:
-            self.prompt_tokens += completion.prompt_tokens
-            self.completion_tokens += completion.completion_tokens
-            self.finish_reasons[completion.finish_reason] += 1
-            self.by_teacher[completion.teacher] += completion.completion_tokens
-            tokens = completion.prompt_tokens, completion.completion_tokens
-            if self.account is not None:
-                fate = completion.finish_reason if completion.mismatch is None else "schema"
-                self.account.add(completion.teacher, fate, *tokens, completion.batch)
-            yield completion
-
-    def facts(self) -> dict[str, JsonValue]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "completion_tokens_by_teacher": dict(sorted(self.by_teacher.items())),
-            "finish_reasons": dict(sorted(self.finish_reasons.items())),
-        }

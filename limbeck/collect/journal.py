@@ -31,6 +31,7 @@ from typing import NamedTuple, Self
 
 import zstandard
 
+from limbeck.collect.journal_sums import Outcomes, Took
 from limbeck.collect.migrations import MIGRATIONS as _MIGRATIONS
 from limbeck.collect.teachers import Answer
 from limbeck.errors import InputError, Problem
@@ -81,21 +82,13 @@ class Ended(NamedTuple):
     """Picodollars: billed where the provider said so, else the most that it can have been."""
 
 
-class Outcomes(NamedTuple):
-    """All requests of one account that ended alike."""
+class Kept(NamedTuple):
+    """How an answer came to lie in the journal."""
 
-    requests: int
-    cost: int
-    """Picodollars."""
-
-
-class Took(NamedTuple):
-    """What an answer took."""
-
-    seconds: float
-    """From the moment its request was about to leave; 0 where that was not written down."""
-    bytes: int
-    """In the journal, packed."""
+    response: Digest
+    """Digest of its raw bytes."""
+    created: datetime
+    """When it was journaled, UTC."""
 
 
 KILLED = "killed"
@@ -115,12 +108,13 @@ class Journal:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        # One of each for all rows: making one costs more than using it. Neither may be shared between threads.
+        # One of each for all rows: making one costs more than using it. Two threads may not use one at the same time.
         self._packer = zstandard.ZstdCompressor(level=3)
         self._pack = self._packer.compress
         self._unpack_zstd = zstandard.ZstdDecompressor().decompress
         with self._telling():
-            self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+            # Where an event loop runs already (a notebook), endpoints are asked from another thread; this one waits.
+            self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
             try:
                 self._refuse_foreign()
                 self._db.execute("PRAGMA journal_mode = WAL")
@@ -158,13 +152,14 @@ class Journal:
             self._db.execute(_SET_ASIDE, (key, raw, response, created))
         return done.rowcount
 
-    def put_traffic(self, sent: Sequence[Sent], answers: Sequence[Answer], ended: Sequence[Ended]) -> None:
+    def put_traffic(self, sent: Sequence[Sent], answers: Sequence[Answer], ended: Sequence[Ended]) -> list[Kept | None]:
         """Write what is about to leave, what came back, and what became of what was sent, in one transaction. When it
-        returns, all of it is safe.
+        returns, all of it is safe. Gives how each answer was kept; None where it is a second one, and was set aside.
 
         One statement a table, whatever the number of rows: each lets other threads run, and has to wait for them.
         """
-        now = datetime.now(UTC).isoformat(timespec="microseconds")
+        when = datetime.now(UTC)
+        now, kept = when.isoformat(timespec="microseconds"), list[Kept | None]()
         packed = self._pack_all([part for answer in answers for part in (answer.request.body, answer.raw)])
         rows = [
             (answer.request.key, packed[2 * n], packed[2 * n + 1], digest_bytes(answer.raw), now)
@@ -178,11 +173,13 @@ class Journal:
                 values = [value for row in rows for value in row]
                 new = {key for (key,) in self._db.execute(_INSERT_ALL.format(marks), values).fetchall()}
                 for key, _, raw, response, created in rows:
+                    kept.append(Kept(response, when) if key in new else None)
                     if key not in new:
                         self._db.execute(_SET_ASIDE, (key, raw, response, created))
                     new.discard(key)  # a second one in the same group is set aside too
             if ended:
                 self._db.execute(_END, (now, json.dumps(ended)))
+        return kept
 
     def _pack_all(self, parts: Sequence[bytes]) -> list[bytes]:
         """The same as `_pack` of each."""

@@ -11,24 +11,27 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from limbeck.collect.journal import Ended, Journal, Sent
+from limbeck.collect.journal import Ended, Journal, Kept, Sent
 from limbeck.collect.teachers import Answer
 from limbeck.errors import InputError
 
 _GROUP = 512
 """Entries from which on a commit waits for no more."""
 
+Done = Callable[[Exception | None, Kept | None], None]
+"""Called in the event loop when something is on the disk, with how its answer was kept there (None without an answer,
+and where the answer was a second one); or with why it is not."""
+
 
 class _Entry(NamedTuple):
     sent: Sent | None
     answer: Answer | None
     ended: Ended | None
-    done: Callable[[Exception | None], None]
-    """Called in the event loop when it is on the disk, or with why it is not."""
+    done: Done
 
 
 class Writer:
@@ -72,7 +75,7 @@ class Writer:
         self.note(ended, answer, partial(_resolve, done))
         return done
 
-    def note(self, ended: Ended, answer: Answer | None, done: Callable[[Exception | None], None]) -> None:
+    def note(self, ended: Ended, answer: Answer | None, done: Done) -> None:
         """The same as `end`; `done` is called when it is on the disk, or with the error for which it is not."""
         self._put(_Entry(None, answer, ended, done))
 
@@ -103,7 +106,7 @@ class Writer:
         while not last:
             entries, last = self._gather()
             try:
-                journal.put_traffic(
+                kept = journal.put_traffic(
                     [e.sent for e in entries if e.sent],
                     [e.answer for e in entries if e.answer],
                     [e.ended for e in entries if e.ended],
@@ -113,7 +116,7 @@ class Writer:
                 if last:
                     self._queue.put(None)
                 raise
-            self._tell(entries, None)
+            self._tell(entries, None, kept)
 
     def _gather(self) -> tuple[list[_Entry], bool]:
         """What is there, at least something, and whether it is the last."""
@@ -135,17 +138,18 @@ class Writer:
         while (entries := self._queue.get()) is not None:
             self._tell(entries, error)
 
-    def _tell(self, entries: list[_Entry], error: Exception | None) -> None:
+    def _tell(self, entries: list[_Entry], error: Exception | None, kept: Sequence[Kept | None] = ()) -> None:
         if entries:
-            self._loop.call_soon_threadsafe(_tell_all, entries, error)
+            self._loop.call_soon_threadsafe(_tell_all, entries, error, kept)
 
 
-def _tell_all(entries: list[_Entry], error: Exception | None) -> None:
+def _tell_all(entries: list[_Entry], error: Exception | None, kept: Sequence[Kept | None]) -> None:
+    answers = iter(kept)
     for entry in entries:
-        entry.done(error)
+        entry.done(error, None if entry.answer is None else next(answers, None))
 
 
-def _resolve(done: asyncio.Future[None], error: Exception | None) -> None:
+def _resolve(done: asyncio.Future[None], error: Exception | None, _: Kept | None) -> None:
     if done.done():
         return
     if error is None:

@@ -2,7 +2,7 @@
 
 Billed is what the provider counted; where it did not say, because an answer was lost on its way, the most that it can
 have been. Wasted is what bought no usable answer: requests that were lost (and were sent again), and answers that were
-cut off, refused, filtered or unreadable. Those are data all the same, and a recipe may keep them.
+cut off, refused, filtered or unreadable. Answers that are cut off are no waste where the recipe keeps them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ from dataclasses import dataclass, field
 from pydantic import JsonValue
 
 from limbeck.collect.endpoints.prices import Prices, dollars
-from limbeck.collect.journal import Outcomes
+from limbeck.collect.journal_sums import Outcomes
 
 _USABLE = frozenset({"stop", "tool_calls"})
+
+_MEANING = (
+    "what bought no usable answer: requests that were lost or failed and may have been billed, and answers that were "
+    "{cut_off}refused, filtered, unreadable or not what their schema asks for{kept}"
+)
 
 
 @dataclass
@@ -25,6 +30,8 @@ class Account:
 
     prices: Mapping[str, Prices | None]
     batch_prices: Mapping[str, Prices | None] = field(default_factory=dict)
+    keeps_cut_off: bool = False
+    """Whether the recipe keeps answers that ran into `max_tokens`; then they are no waste."""
     batches: Counter[str] = field(default_factory=Counter)
     """Answers by the batch in which they came."""
     requests: Counter[str] = field(default_factory=Counter)
@@ -39,6 +46,8 @@ class Account:
         if batch is not None:
             self.batches[batch] += 1
         if teacher not in self.prices or finish_reason in _USABLE:
+            return
+        if finish_reason == "length" and self.keeps_cut_off:
             return
         self.requests[finish_reason] += 1
         if (prices := (self.batch_prices if batch else self.prices).get(teacher)) is not None:
@@ -71,6 +80,10 @@ class Account:
                 "requests": {name: one.requests for name, one in sorted(outcomes.items())},
                 "wasted": wasted,
                 "waste": by_kind(wasted),
+                "waste_is": _MEANING.format(
+                    cut_off="" if self.keeps_cut_off else "cut off, ",
+                    kept="; answers that were cut off are kept, and not counted" if self.keeps_cut_off else "",
+                ),
                 "wasted_dollars": dollars(sum(one.cost for one in lost.values()) + self.money.total()),
             }
         }

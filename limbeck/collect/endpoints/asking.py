@@ -15,7 +15,7 @@ from limbeck.collect.endpoints.keys import read_key
 from limbeck.collect.endpoints.pacing import Pacer
 from limbeck.collect.endpoints.prices import Prices, prices_of
 from limbeck.collect.endpoints.reasons import Fatal
-from limbeck.collect.endpoints.sending import Sender
+from limbeck.collect.endpoints.sending import Sender, Told
 from limbeck.collect.endpoints.status import Status
 from limbeck.collect.endpoints.teacher import Endpoint
 from limbeck.collect.endpoints.transport import Transport
@@ -62,14 +62,20 @@ class Purpose(NamedTuple):
     """Whether this teacher has answered before."""
 
 
-def ask(teacher: Endpoint, stretches: Iterator[Sequence[Request]], purpose: Purpose, line: Line) -> Asked:
-    """Send requests until all are answered or something says to stop. Ctrl-C awaits what is under way, and a second
-    one does not.
+def ask(
+    teacher: Endpoint,
+    stretches: Iterator[Sequence[Request]],
+    purpose: Purpose,
+    line: Line,
+    told: Told | None = None,
+) -> Asked:
+    """Send requests until all are answered or something says to stop; `told` hears of each answer. Ctrl-C awaits what
+    is under way, and a second one does not.
 
     Raises what the journal raises, and `InputError` where the key cannot be read.
     """
     key, prices = read_key(teacher.settings), prices_of(teacher.settings)
-    return run_loop(_ask(teacher, stretches, purpose, line, key, prices))
+    return run_loop(_ask(teacher, stretches, purpose, line, key, prices, told))
 
 
 async def _ask(
@@ -79,6 +85,7 @@ async def _ask(
     line: Line,
     key: str | None,
     prices: Prices | None,
+    told: Told | None,
 ) -> Asked:
     settings = teacher.settings
     status = Status(line, purpose.budget.cap, prices is not None)
@@ -97,6 +104,7 @@ async def _ask(
             number=purpose.number,
             status=status,
             known_good=purpose.known_good,
+            told=told,
         )
         ticking = asyncio.create_task(_tick(status))
         spare = min(purpose.concurrency, max(_SPARE, purpose.concurrency // _SPARE_SHARE))

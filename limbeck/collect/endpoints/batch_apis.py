@@ -9,7 +9,7 @@ processing; read in November 2026.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import BinaryIO, NamedTuple, Protocol
 from urllib.parse import quote, urlencode
@@ -90,8 +90,8 @@ class BatchApi(Protocol):
         """Create the batch."""
         ...
 
-    def job(self, raw: bytes) -> Job | None:
-        """A batch; None where the bytes are none."""
+    def job(self, found: Mapping[str, JsonValue]) -> Job | None:
+        """A batch; None where the object is none."""
         ...
 
     def address(self, name: str) -> str:
@@ -102,12 +102,8 @@ class BatchApi(Protocol):
         """Where the list of batches is, the newest first, from the one after `after` on."""
         ...
 
-    def listed(self, raw: bytes) -> tuple[list[Job], str | None] | None:
-        """A page of that list, and after which batch the next one begins; None where the bytes are none."""
-        ...
-
-    def result(self, line: bytes) -> Result | None:
-        """A line of results; None where it is none."""
+    def result(self, name: str, found: Mapping[str, JsonValue]) -> Result | None:
+        """What a line of results says of the row of this custom id; None where it is none."""
         ...
 
 
@@ -117,6 +113,29 @@ def make_api(teacher: Endpoint) -> BatchApi:
         return AnthropicBatches(teacher.address)
     path = "/v1/responses" if teacher.settings.api == "responses" else "/v1/chat/completions"
     return OpenAIBatches(teacher.settings.base_url, path)
+
+
+def read_job(api: BatchApi, raw: bytes) -> Job | None:
+    """A batch; None where the bytes are none."""
+    found = document(raw)
+    return api.job(found) if found is not None else None
+
+
+def read_list(api: BatchApi, raw: bytes) -> tuple[list[Job], str | None] | None:
+    """A page of the list of batches, and after which batch the next one begins; None where the bytes are none."""
+    found = document(raw)
+    if found is None or not isinstance(found.get("data"), list):
+        return None
+    jobs = [made for one in items(found.get("data")) if (made := api.job(mapping(one))) is not None]
+    last = text(found.get("last_id"))
+    return jobs, last if found.get("has_more") is True and last else None
+
+
+def read_result(api: BatchApi, line: bytes) -> Result | None:
+    """A line of results; None where it is none."""
+    found = document(line)
+    name = text(found.get("custom_id")) if found is not None else ""
+    return api.result(name, found) if found is not None and name else None
 
 
 class OpenAIBatches:
@@ -157,12 +176,8 @@ class OpenAIBatches:
         """See `BatchApi.page`."""
         return f"{self._base}/batches?{urlencode({'limit': 100} | ({'after': after} if after else {}))}"
 
-    def job(self, raw: bytes) -> Job | None:
+    def job(self, found: Mapping[str, JsonValue]) -> Job | None:
         """See `BatchApi.job`."""
-        found = document(raw)
-        return self._job(found) if found is not None else None
-
-    def _job(self, found: Mapping[str, JsonValue]) -> Job | None:
         name, state, created = text(found.get("id")), text(found.get("status")), count(found.get("created_at"))
         if not name or not state or created is None:
             return None
@@ -182,16 +197,8 @@ class OpenAIBatches:
             faults=tuple(_fault(mapping(one)) for one in items(mapping(found.get("errors")).get("data"))),
         )
 
-    def listed(self, raw: bytes) -> tuple[list[Job], str | None] | None:
-        """See `BatchApi.listed`."""
-        return _listed(raw, self._job)
-
-    def result(self, line: bytes) -> Result | None:
+    def result(self, name: str, found: Mapping[str, JsonValue]) -> Result | None:
         """See `BatchApi.result`."""
-        found = document(line)
-        name = text(found.get("custom_id")) if found is not None else ""
-        if found is None or not name:
-            return None
         response, error = found.get("response"), mapping(found.get("error"))
         if isinstance(response, dict):
             return Result(name, count(response.get("status_code")) or 200, "", response.get("body"))
@@ -231,12 +238,8 @@ class AnthropicBatches:
         """See `BatchApi.page`."""
         return f"{self._batches}?{urlencode({'limit': 100} | ({'after_id': after} if after else {}))}"
 
-    def job(self, raw: bytes) -> Job | None:
+    def job(self, found: Mapping[str, JsonValue]) -> Job | None:
         """See `BatchApi.job`."""
-        found = document(raw)
-        return self._job(found) if found is not None else None
-
-    def _job(self, found: Mapping[str, JsonValue]) -> Job | None:
         name, state = text(found.get("id")), text(found.get("processing_status"))
         created = _time(found.get("created_at"))
         if not name or not state or created is None:
@@ -256,16 +259,8 @@ class AnthropicBatches:
             results=(f"{self.address(name)}/results",) if there else (),
         )
 
-    def listed(self, raw: bytes) -> tuple[list[Job], str | None] | None:
-        """See `BatchApi.listed`."""
-        return _listed(raw, self._job)
-
-    def result(self, line: bytes) -> Result | None:
+    def result(self, name: str, found: Mapping[str, JsonValue]) -> Result | None:
         """See `BatchApi.result`."""
-        found = document(line)
-        name = text(found.get("custom_id")) if found is not None else ""
-        if found is None or not name:
-            return None
         result = mapping(found.get("result"))
         match result.get("type"):
             case "succeeded":
@@ -278,15 +273,6 @@ class AnthropicBatches:
             case "canceled":
                 return Result(name, None, "cancelled", None)
         return None
-
-
-def _listed(raw: bytes, job: Callable[[Mapping[str, JsonValue]], Job | None]) -> tuple[list[Job], str | None] | None:
-    found = document(raw)
-    if found is None or not isinstance(found.get("data"), list):
-        return None
-    jobs = [made for one in items(found.get("data")) if (made := job(mapping(one))) is not None]
-    last = text(found.get("last_id"))
-    return jobs, last if found.get("has_more") is True and last else None
 
 
 def _fault(error: Mapping[str, JsonValue]) -> str:

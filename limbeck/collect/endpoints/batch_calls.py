@@ -14,7 +14,7 @@ from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from limbeck.collect.endpoints.batch_apis import BatchApi, Job
+from limbeck.collect.endpoints.batch_apis import BatchApi, Job, read_job, read_list, read_result
 from limbeck.collect.endpoints.batch_http import BadStatusError, BatchHttp
 from limbeck.collect.endpoints.batch_log import BatchLog, row_number
 from limbeck.collect.endpoints.fates import Fate, fate, message
@@ -82,7 +82,7 @@ class Calls:
         """How a batch is. Raises `EndpointError`, `UnknownBatchError`."""
         address = self._api.address(name)
         for attempt in range(_PATIENCE):
-            job = self._api.job((await self.patiently(lambda: self._http.get(address), unknown=True)).body)
+            job = read_job(self._api, (await self.patiently(lambda: self._http.get(address), unknown=True)).body)
             if job is not None:
                 return job
             await asyncio.sleep(pause_before(attempt, None))
@@ -103,7 +103,7 @@ class Calls:
             else:
                 found = fate(reply.status, reply.body)
                 if found is Fate.ANSWER:
-                    job = self._api.job(reply.body) or await self.find(token, rows, asked)
+                    job = read_job(self._api, reply.body) or await self.find(token, rows, asked)
                 elif found is Fate.FAILED:
                     job = await self.find(token, rows, asked)
                 elif found is Fate.TOO_MANY:
@@ -158,7 +158,7 @@ class Calls:
         found: list[Job] = []
         after, url = None, self._api.page(None)
         while True:
-            page = self._api.listed((await self.patiently(lambda: self._http.get(url))).body)  # noqa: B023 - awaited
+            page = read_list(self._api, (await self.patiently(lambda: self._http.get(url))).body)  # noqa: B023 - awaited
             if page is None:
                 raise self._reasons.given_up(f"what {url} answers is no list of batches")
             jobs, after = page
@@ -174,7 +174,7 @@ class Calls:
                 for url in job.results:
                     async with aclosing(self._http.lines(url)) as lines:
                         async for line in lines:
-                            if (result := self._api.result(line)) is not None:
+                            if (result := read_result(self._api, line)) is not None:
                                 return row_number(token, result.custom_id) is not None
             except (NoReplyError, BadStatusError):
                 await asyncio.sleep(pause_before(attempt, None))

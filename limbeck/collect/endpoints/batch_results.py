@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import orjson
 
-from limbeck.collect.endpoints.batch_apis import BatchApi, Job, Result
+from limbeck.collect.endpoints.batch_apis import BatchApi, Job, Result, read_result
 from limbeck.collect.endpoints.batch_calls import pause_before
 from limbeck.collect.endpoints.batch_http import BadStatusError, BatchHttp
 from limbeck.collect.endpoints.batch_log import BatchLog, Logged, Row, row_number
@@ -121,7 +121,7 @@ class Results:
 
     def _line(self, batch: Logged, rows: dict[int, Row], raw: bytes) -> _Line | None:
         """A row that has no outcome yet; None for a line of which nobody can say whose it is, or that came before."""
-        result = self._api.result(raw)
+        result = read_result(self._api, raw)
         number = row_number(batch.token, result.custom_id) if result is not None else None
         if result is None or number is None or (row := rows.pop(number, None)) is None:
             return None

@@ -27,7 +27,7 @@ class Budget:
         """Set the worst case of a request aside; gives what was set aside, or None where the cap leaves no room for
         it.
         """
-        amount = math.ceil(worst * self._factor)
+        amount = worst if self._factor == 1 else math.ceil(worst * self._factor)  # the product takes 3 µs
         if self.cap is not None and self.spent + self.held + amount > self.cap:
             return None
         self.held += amount

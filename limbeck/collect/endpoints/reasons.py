@@ -33,7 +33,7 @@ class Reasons:
         if self.stop is None and self._unanswered:
             counts = ", ".join(f"{kind} {count}" for kind, count in self._unanswered.most_common())
             found = f"{self._unanswered.total()} requests given up; the last attempt ended in: {counts}"
-            return self._error("requests stayed without an answer", found, "an answer each", f"{_AGAIN}, later")
+            return self._error("requests stayed without an answer", found, "an answer each", f"later, {_AGAIN}")
         return self.stop
 
     def cap_reached(self, budget: Budget) -> LimbeckError:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import heapq
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from limbeck.collect.endpoints.budget import CapReachedError, Purse
@@ -25,8 +26,8 @@ from limbeck.collect.endpoints.status import Status
 from limbeck.collect.endpoints.teacher import Endpoint
 from limbeck.collect.endpoints.transport import NoReplyError, Reply, Transport
 from limbeck.collect.endpoints.waits import low_quotas, retry_after
-from limbeck.collect.journal import Ended, Sent
-from limbeck.collect.teachers import Answer, Request
+from limbeck.collect.journal import Ended, Kept, Sent
+from limbeck.collect.teachers import Answer, Parsed, Request
 from limbeck.collect.writer import Writer
 from limbeck.records import Digest
 
@@ -41,6 +42,11 @@ _LAG = 2048
 """Outcomes that may be on their way to the disk; memory grows no further."""
 _ALL_REFUSED = 8
 """Prompts refused before any was answered, from which on it is the settings that are wrong."""
+
+
+Told = Callable[[Request, Parsed, Kept | None], None]
+"""Who wants to know of each answer once it is on the disk; without `Kept`, another answer to the same request was there
+before it, and counts."""
 
 
 class Job(NamedTuple):
@@ -74,9 +80,11 @@ class Sender:
         number: int,
         status: Status,
         known_good: bool,
+        told: Told | None = None,
     ):
         self._teacher, self._writer, self._transport, self._purse = teacher, writer, transport, purse
         self._prices, self._key, self._account = prices, key, account
+        self._told = told
         self._gate, self._pacer, self.status = Gate(pacer), pacer, status
         self._jobs = self._made(stretches)
         self._more = True
@@ -249,30 +257,31 @@ class Sender:
             if self._good:
                 await self._keep_refused()
             return
-        usage = self._teacher.usage(body)
+        parsed, usage = self._teacher.read(body)
         cost = (self._prices.cost(*usage) if usage else held) if self._prices else 0
         self._pacer.succeeded(max(0, job.tokens - sum(usage)) if usage else 0)
         self._purse.settle(held, cost)
         self.status.tokens += usage.completion if usage else 0
         self._good = True
-        await self._keep(Ended(number, found.value, cost), Answer(job.request, body))
+        await self._keep(Ended(number, found.value, cost), Answer(job.request, body), parsed)
         if self._aside:
             await self._keep_refused()
 
     async def _keep_refused(self) -> None:
         for job, body, number in self._aside:
-            await self._keep(Ended(number, "refused", 0), Answer(job.request, body))
+            parsed = self._teacher.read(body).parsed
+            await self._keep(Ended(number, "refused", 0), Answer(job.request, body), parsed)
         self._aside.clear()
 
-    async def _keep(self, ended: Ended, answer: Answer) -> None:
+    async def _keep(self, ended: Ended, answer: Answer, parsed: Parsed) -> None:
         """Journal an answer. Nobody waits for the disk unless too much is on its way there."""
         self._lag += 1
-        self._writer.note(ended, answer, self._kept)
+        self._writer.note(ended, answer, partial(self._kept, answer.request, parsed))
         if self._lag > _LAG:
             self._room.clear()
             await self._room.wait()
 
-    def _kept(self, error: Exception | None) -> None:
+    def _kept(self, request: Request, parsed: Parsed, error: Exception | None, kept: Kept | None) -> None:
         self._lag -= 1
         if self._lag <= _LAG:
             self._room.set()
@@ -280,6 +289,8 @@ class Sender:
             self.stop(self.reasons.journal(error))
         else:
             self.status.answered(self._purse.budget.spent)
+            if self._told is not None:
+                self._told(request, parsed, kept)
 
     def _over(self, number: int, held: int, cost: int, outcome: str) -> None:
         """A request came to nothing; what it may have cost is spent."""
@@ -307,5 +318,5 @@ class Sender:
         return asyncio.get_running_loop().time()
 
 
-def _looked_at(_: Exception | None) -> None:
+def _looked_at(_: Exception | None, __: Kept | None) -> None:
     """A journal that fails says so to whoever sends next."""

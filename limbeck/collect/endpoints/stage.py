@@ -13,6 +13,7 @@ from limbeck.collect.endpoints.asking import Asked, Purpose, ask
 from limbeck.collect.endpoints.batch_asking import Stretches, ask_in_batches, silently
 from limbeck.collect.endpoints.budget import Budget
 from limbeck.collect.endpoints.prices import batch_prices_of, picodollars, prices_of
+from limbeck.collect.endpoints.sending import Told
 from limbeck.collect.endpoints.teacher import Endpoint
 from limbeck.collect.journal import Journal
 from limbeck.errors import EndpointError, Problem, RefusedError
@@ -31,8 +32,10 @@ def ask_endpoint(
     account: Digest,
     offline: bool,
     workers: RayWorkers | None = None,
+    told: Told | None = None,
 ) -> Asked:
-    """Have an endpoint answer what the journal lacks; offline, only say how much that is.
+    """Have an endpoint answer what the journal lacks; offline, only say how much that is. `told` hears of each answer
+    that came neither in a batch nor to a worker.
 
     `all_stretches` gives what is lacking then, anew with each call. Batches of earlier runs are taken up first, so that
     nothing is asked for a second time while a provider works on it. With `workers` they ask first, and what their
@@ -66,16 +69,17 @@ def ask_endpoint(
     first = next(stretches, None)
     if first is None:  # neither a key nor a connection is needed
         return before._replace(stopped=None)
-    asked = ask(teacher, chain([first], stretches), purpose(), line)
+    asked = ask(teacher, chain([first], stretches), purpose(), line, told)
     return asked._replace(answers=asked.answers + before.answers, tokens=asked.tokens + before.tokens)
 
 
-def open_account(teachers: Sequence[Endpoint], batch: Batch | None) -> Account:
+def open_account(teachers: Sequence[Endpoint], recipe: Recipe) -> Account:
     """An account of what these teachers charge, for requests and for rows of batches."""
-    share = (batch or Batch()).price_share
+    share = (recipe.collect.batched or Batch()).price_share
     return Account(
         {teacher.identity.name: prices_of(teacher.settings) for teacher in teachers},
         {teacher.identity.name: batch_prices_of(teacher.settings, share) for teacher in teachers},
+        keeps_cut_off=recipe.curate.cut_off == "keep",
     )
 
 

@@ -12,7 +12,7 @@ from limbeck import recipe
 from limbeck.collect.contents import Wanted, tools_of
 from limbeck.collect.endpoints.anthropic import AnthropicMessages
 from limbeck.collect.endpoints.batch_raw import batch_of, unwrapped
-from limbeck.collect.endpoints.dialects import Dialect
+from limbeck.collect.endpoints.dialects import Dialect, Read
 from limbeck.collect.endpoints.openai_chat import OpenAIChat
 from limbeck.collect.endpoints.openai_responses import OpenAIResponses
 from limbeck.collect.endpoints.reply import Usage
@@ -29,7 +29,11 @@ or a schema."""
 _IMAGE_TOKENS = 50_000
 """The most that an image is billed for anywhere: 48,169, by OpenAI's rule for gpt-4o-mini in full detail (its guide to
 images, 2025)."""
+_TYPE_MARK = b'"type":"i'
 _IMAGE_MARKS = (b'"type":"image_url"', b'"type":"input_image"', b'"type":"image"')
+_BODY, _AFTER_BODY = b'{"body":', b',"endpoint":'
+"""What stands around the body in a request's canonical JSON. Where a key of the body is called so too, it comes before;
+texts cannot look like it, since quotes inside of them are escaped."""
 _TOOL_MARKS = (b'"tools":[', b'"json_schema"')
 """What only a request's own keys look like: quotes inside of texts are escaped."""
 
@@ -67,17 +71,16 @@ def canonical_fast(value: JsonValue) -> bytes:
 
 def _prepared(value: JsonValue) -> object:
     """The value with its floats as RFC 8785 writes them. Raises `ValueError` for what orjson would write otherwise."""
-    if isinstance(value, str | bool) or value is None:
-        return value
-    if isinstance(value, dict):
-        if not all(map(str.isascii, value)):
+    kind = type(value)
+    if kind is dict:
+        if not "".join(value).isascii():  # type: ignore[arg-type]
             raise ValueError
-        return {key: _prepared(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_prepared(inner) for inner in value]
-    if isinstance(value, float):
-        return orjson.Fragment(_float(value))
-    if abs(value) >= 2**53:
+        return {key: inner if type(inner) is str else _prepared(inner) for key, inner in value.items()}  # type: ignore[union-attr]
+    if kind is list:
+        return [inner if type(inner) is str else _prepared(inner) for inner in value]  # type: ignore[union-attr]
+    if kind is float:
+        return orjson.Fragment(_float(value))  # type: ignore[arg-type]
+    if kind is int and abs(value) >= 2**53:  # type: ignore[arg-type, operator]
         raise ValueError
     return value
 
@@ -109,19 +112,19 @@ class Endpoint:
         Raises `PromptError` where the API has no words for it.
         """
         # 31 bits: what every server takes.
-        seed = derive_seed(self._seed, "answer", prompt.id, sample) >> 32
+        seed, settings = derive_seed(self._seed, "answer", prompt.id, sample) >> 32, self.settings
         try:
             body = self.dialect.body(
-                self.settings.model, prompt.messages, self._collect, seed, wanted(prompt, self._collect)
+                settings.model, prompt.messages, self._collect, seed, wanted(prompt, self._collect)
             )
         except ValueError as error:
             raise self._not_taken(prompt, str(error)) from None
-        sent: dict[str, JsonValue] = {key: value for key, value in body.items() if key not in self.settings.omit}
+        sent = {key: value for key, value in body.items() if key not in settings.omit} if settings.omit else dict(body)
         content: dict[str, JsonValue] = {
             "form": self.dialect.form,
             "endpoint": self.address,
             "sample": sample,
-            "body": sent | self.settings.extra,
+            "body": sent | settings.extra,
         }
         canonical = canonical_fast(content)
         return Request(digest_bytes(canonical), canonical)
@@ -134,20 +137,25 @@ class Endpoint:
 
     def parse(self, request: Request, raw: bytes) -> Parsed:
         """Text and counts of a raw answer, whatever it is; where it names no model, the one that was asked for."""
-        parsed = self.dialect.read(unwrapped(raw)).parsed
-        return parsed if parsed.model else parsed._replace(model=self.settings.model)
+        return self.read(raw).parsed
 
     def usage(self, raw: bytes) -> Usage | None:
         """What the provider counted; None where it did not say."""
-        return self.dialect.read(unwrapped(raw)).usage
+        return self.read(raw).usage
+
+    def read(self, raw: bytes) -> Read:
+        """The same as `parse` and `usage`, together."""
+        read = self.dialect.read(unwrapped(raw))
+        return read if read.parsed.model else Read(read.parsed._replace(model=self.settings.model), read.usage)
 
     def batch(self, raw: bytes) -> str | None:
         """The provider's id of the batch in which an answer came; None where it was asked for alone."""
         return batch_of(raw)
 
     def wire(self, request: Request) -> bytes:
-        """The bytes that are sent."""
-        return orjson.dumps(orjson.loads(request.body)["body"])
+        """The bytes that are sent: the request's first value, since `body` is the first of its keys."""
+        start, end = len(_BODY), request.body.rindex(_AFTER_BODY)
+        return request.body[start:end]
 
     def bound(self, wire: bytes) -> Bound:
         """The most that a request can be billed for.
@@ -155,17 +163,20 @@ class Endpoint:
         A tokenizer that knows bytes makes no more tokens of a text than it has bytes, and JSON makes the text no
         shorter; so the length of what is sent bounds the prompt.
         """
-        prompt = len(wire) + _OVERHEAD + _IMAGE_TOKENS * sum(map(wire.count, _IMAGE_MARKS))
-        prompt += _OVERHEAD_TOOLS * any(mark in wire for mark in _TOOL_MARKS)
+        prompt = len(wire) + _OVERHEAD
+        if _TYPE_MARK in wire:
+            prompt += _IMAGE_TOKENS * sum(map(wire.count, _IMAGE_MARKS))
+        if _TOOL_MARKS[0] in wire or _TOOL_MARKS[1] in wire:
+            prompt += _OVERHEAD_TOOLS
         return Bound(prompt, self._collect.max_tokens)
 
 
 def wanted(prompt: Prompt, collect: recipe.Collect) -> Wanted:
     """What a prompt asks for: its own tools and schema, or the recipe's."""
-    tools = prompt.tools
+    tools, schema = prompt.tools, prompt.json_schema
     if tools is None and collect.tools:
         tools = _recipe_tools(orjson.dumps(collect.tools))
-    return Wanted(tools, prompt.json_schema if prompt.json_schema is not None else collect.json_schema)
+    return Wanted(tools, collect.json_schema if schema is None else schema)
 
 
 @lru_cache(maxsize=8)
