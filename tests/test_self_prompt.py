@@ -18,6 +18,7 @@ from limbeck.collect.journal import Journal
 from limbeck.collect.local import LocalAnswer
 from limbeck.collect.prompts import gather
 from limbeck.collect.self_prompt import user_turn, why_not
+from limbeck.collect.written import tally
 from limbeck.errors import InputError, ModelError
 from limbeck.ledger.canonical import digest_json
 from limbeck.recipe import SelfPrompt
@@ -110,11 +111,11 @@ def test_own_prompts_are_different_from_files_and_from_each_other(tmp_path: Path
 
 
 def test_too_few_of_use_is_an_error_with_the_share(tmp_path: Path, talking: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(self_prompt, "_TRIES", 3)
+    monkeypatch.setattr(tally, "TRIES", 3)
     with pytest.raises(InputError) as error:
         gather(recipe(talking, own(6, max_tokens=1)), RunDir(tmp_path))
     (problem,) = error.value.problems
-    assert problem.found.startswith("0 of 20 candidates taken (0.0%; ran on: ")
+    assert problem.found.startswith("0 of 18 candidates kept (0.0%; ran on: ")
     assert "count: 6" in problem.expected
     assert not (tmp_path / "prompts.parquet").exists()
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from limbeck.collect.journal import Journal
 from limbeck.collect.prompts import gather
 from limbeck.collect.written.kinds import items
-from limbeck.collect.written.source import alike
+from limbeck.collect.written.likeness import Likeness, alike
 from limbeck.errors import EndpointError, InputError, RefusedError
 from limbeck.ledger.canonical import digest_file
 from limbeck.recipe import Recipe
@@ -113,7 +113,7 @@ def asked(root: Path) -> list[str]:
 
 def test_each_persona_meets_each_task_and_rounds_evolve_what_was_evolved(tmp_path: Path):
     with Server(SETTINGS) as server:
-        gathered(made(server.url, sources(tmp_path)["personas"]), tmp_path / "p")
+        gathered(made(server.url, sources(tmp_path, 15)["personas"]), tmp_path / "p")
         evolved, _ = gathered(made(server.url, sources(tmp_path)["evolve"]), tmp_path / "e")
     told = asked(tmp_path / "p")
     for n in range(3):
@@ -180,7 +180,7 @@ def test_what_is_dropped_is_counted_and_too_few_is_an_error(tmp_path: Path):
         assert set(facts["dropped"]) == {"ended by length", "short"}
         with pytest.raises(InputError, match="too few prompts") as error:
             gathered(made(server.url, source | {"max_tokens": 4}), tmp_path / "b")
-    assert "0 of 240 candidates kept (ended by length: 240)" in error.value.problems[0].found
+    assert "0 of 240 candidates kept (0.0%; ended by length: 240)" in error.value.problems[0].found
     assert not (tmp_path / "b" / "prompts.parquet").exists()
 
 
@@ -199,6 +199,17 @@ def test_likeness_is_that_of_rouge_l(one: list[str], other: list[str], limit: fl
     score = 2 * recall * precision / (recall + precision) if table[-1][-1] else 0.0
     if abs(score - limit) > 1e-9:
         assert alike(one, other, limit) == (score > limit)
+
+
+WORDS = st.lists(st.sampled_from("abcdefgh"), max_size=7)
+
+
+@given(st.lists(WORDS, max_size=24), st.sampled_from([0.05, 0.3, 0.5, 0.6, 0.7, 0.8, 1.0]))
+def test_what_is_near_is_found_without_comparing_each_with_each(texts: list[list[str]], limit: float):
+    found = Likeness(limit)
+    for place, text in enumerate(texts):
+        assert found.near(text) == any(alike(text, before, limit) for before in texts[:place])
+        found.add(text)
 
 
 def test_lists_are_made_of_seeds_and_of_what_earlier_rounds_kept(tmp_path: Path):

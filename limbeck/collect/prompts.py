@@ -150,17 +150,10 @@ def _self_prompted(
         Journal(path) as journal,
         run.progress.line("prompts", source.count, "prompts") as line,
     ):
-        written = write_prompts(teacher, source, number, recipe.collect.concurrency, known, journal, line)
+        tally = write_prompts(teacher, source, number, recipe.collect.concurrency, known, journal, line)
     name = teacher.identity.name
-    facts: dict[str, JsonValue] = {
-        "writer": name,
-        "weights": teacher.identity.weights,
-        "candidates": written.candidates,
-        "candidate_tokens": written.tokens,
-        "dropped": dict(sorted(written.dropped.items())),
-    }
-    own = [(messages, ()) for messages in written.prompts]
-    return _Gathered(source, f"self-prompt:{name}", teacher.licence, name, own, facts=facts)
+    facts: dict[str, JsonValue] = {"writer": name, "weights": teacher.identity.weights, **tally.facts()}
+    return _Gathered(source, f"self-prompt:{name}", teacher.licence, name, tally.kept, facts=facts)
 
 
 def _written(recipe: Recipe, source: WrittenPrompts, known: Collection[Digest], run: RunDir) -> _Gathered:
@@ -176,9 +169,8 @@ def _written(recipe: Recipe, source: WrittenPrompts, known: Collection[Digest], 
         "terms": written.writer.terms,
         "made_from": [{"source": rows.name, "licence": rows.licence} for _, rows in rows_of(source)],
         "wording": {name: wording_digest(name) for name in make_kind(source, recipe.seed).wordings},
-        "candidates": written.candidates,
-        "candidate_tokens": written.tokens,
-        "dropped": dict(sorted(written.dropped.items())),
+        "requests": written.requests,
+        **written.tally.facts(),
     }
     name = f"{source.kind}:{written.writer.name}"
-    return _Gathered(source, name, written.licence, written.writer.name, written.prompts, facts=facts)
+    return _Gathered(source, name, written.licence, written.writer.name, written.tally.kept, facts=facts)
