@@ -2,8 +2,8 @@
 
 Each number of rows is gathered by a fresh process, whose largest resident set the operating system counts. `--format`
 takes them from JSONL, CSV, Parquet or a data set, `--template` makes them of two columns, and `--collect` has a server
-in another process answer them. `--alike 10000` measures something else: how long it takes to find which of so many written
-prompts are too much like one before.
+in another process answer them. `--alike 10000` measures something else: how long it takes to find which of so many
+written prompts are too much like one before.
 """
 
 from __future__ import annotations
