@@ -20,6 +20,9 @@ from limbeck.recipe import DatasetPrompts
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
+_ROWS = 1024
+"""Rows of a Parquet file that are read together."""
+
 
 def read_dataset(source: DatasetPrompts, wanted: Columns) -> Iterator[Raw]:
     """A `Reader`. Nothing is downloaded but the rows that are read, a piece at a time, and no code of a data set is
@@ -62,18 +65,27 @@ def _open(source: DatasetPrompts) -> IterableDataset:
     try:
         if (Path(source.path) / "dataset_info.json").is_file() or (Path(source.path) / "dataset_dict.json").is_file():
             return _saved(source)
-        return datasets.load_dataset(
-            source.path,
-            source.config,
-            split=source.split,
-            revision=source.revision,
-            data_files=list(source.data_files) or None,
-            streaming=True,
+        found = datasets.load_dataset_builder(
+            source.path, source.config, revision=source.revision, data_files=list(source.data_files) or None
         )
+        _read_little(found.config)
+        rows = cast("IterableDataset", found.as_streaming_dataset(split=source.split))
+        # A file of Parquet is decoded whole, or by row groups. Counting these opens every file, also for a few rows.
+        return rows if source.limit is not None and not Path(source.path).exists() else rows.reshard()
     except PromptError:
         raise
     except _errors() as error:
         raise _not_opened(source, error) from None
+
+
+def _read_little(config: object) -> None:
+    """Has Parquet read a few rows at a time, and keep nothing of what was read."""
+    from datasets.packaged_modules.parquet.parquet import ParquetConfig
+    from pyarrow.dataset import ParquetFragmentScanOptions
+
+    if isinstance(config, ParquetConfig):
+        config.batch_size = _ROWS
+        config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False)
 
 
 def _saved(source: DatasetPrompts) -> IterableDataset:
