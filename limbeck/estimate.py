@@ -27,6 +27,7 @@ from limbeck.collect.files import iter_file_prompts
 from limbeck.collect.journal import Journal
 from limbeck.collect.teachers import make_teacher
 from limbeck.errors import InputError, Problem
+from limbeck.estimate_written import written_figures
 from limbeck.evaluate.statistics import ratio_interval
 from limbeck.progress import Progress
 from limbeck.recipe import NO_ENDPOINT, DatasetPrompts, FilePrompts, Recipe
@@ -102,7 +103,7 @@ def estimate(
     own = sum(source.count for source in recipe.prompts if not isinstance(source, FilePrompts | DatasetPrompts))
     bounds = _bounds(recipe, teachers, priced, path)
     measured = {}
-    if pilot and path is not None:
+    if chosen and path is not None:
         measured = _pilot(recipe, chosen, priced, path, progress or Progress.silent())
     return Estimate(
         prompts=count + own,
@@ -111,7 +112,10 @@ def estimate(
         pilot=len(chosen),
         batches=batch is not None and bool(teachers),
         prices={name: one.source if one else "unknown" for name, one in priced.items()},
-        figures=tuple(_figures(recipe, count, bounds, measured, all(priced.values()))),
+        figures=(
+            *_figures(recipe, count, bounds, measured, all(priced.values())),
+            *(Figure(*one) for one in written_figures(recipe, priced, pilot=pilot, journal=path, progress=progress)),
+        ),
     )
 
 
@@ -146,7 +150,7 @@ def _refuse_pilot(recipe: Recipe, pilot: int, there: int, path: Path | None) -> 
     if all(teacher.kind in NO_ENDPOINT for teacher in recipe.teachers):
         remedy = "leave --pilot out; a local teacher costs nothing"
         problems.append(Problem("--pilot", "only local teachers", "a teacher behind an endpoint", remedy))
-    if pilot < 2 or pilot > there:
+    if pilot < 2 or (pilot > there and not any(isinstance(source, WrittenPrompts) for source in recipe.prompts)):
         remedy = "give a number in between; 30 is a good start"
         problems.append(Problem("--pilot", str(pilot), f"2 to {there}, the number of different prompts", remedy))
     if path is None:
@@ -236,6 +240,7 @@ def as_text(found: Estimate) -> str:
         f"{found.prompts:,} prompts, {found.requests:,} requests to endpoints, {found.journaled:,} answered already",
         *(f"prices of {name}: {source}" for name, source in found.prices.items()),
     ]
+    width = max(14, *(len(one.name) for one in found.figures))
     for one in found.figures:
         told = []
         if one.value is not None:
@@ -245,7 +250,7 @@ def as_text(found: Estimate) -> str:
         if one.at_most is not None:
             told.append(f"at most {_number(one, one.at_most)}")
         lines.append(
-            f"{one.name:<14} {' '.join(told) or 'not known without a pilot'} {one.unit if told else ''}".rstrip()
+            f"{one.name:<{width}} {' '.join(told) or 'not known without a pilot'} {one.unit if told else ''}".rstrip()
         )
     if found.batches:
         lines.append("in batches: a provider answers a batch within 24 hours; what it did not come to is asked again")
@@ -254,7 +259,7 @@ def as_text(found: Estimate) -> str:
             f"projected from {found.pilot} prompts, whose answers lie in the journal; in brackets 95 % intervals"
             + ("; they were asked alone, at full price" if found.batches else "")
         )
-    else:
+    elif all(one.value is None for one in found.figures):
         lines.append("projected from nothing yet: --pilot 30 asks 30 of the prompts")
     return "\n".join(lines)
 

@@ -6,4 +6,5 @@ author    asks a teacher
 likeness  which texts are too much alike
 tally     what became of the candidates, and when to give up
 source    all of it: a source of the recipe to prompts
+pilot     what having them written takes, before it is paid for
 """

@@ -26,6 +26,16 @@ _WORD = re.compile(r"\w+")
 _NO_LIST = "no list"
 
 
+class Spent(NamedTuple):
+    """What writing took."""
+
+    requests: int
+    prompt: int
+    """Tokens."""
+    completion: int
+    """Tokens."""
+
+
 class Written(NamedTuple):
     """What came of a source."""
 
@@ -75,12 +85,13 @@ class _Keeping:
             start = len(kept)
             for candidate in _candidates(kind, author, before) if start < goal else ():
                 self._tally.refuse_vain()
-                self._look(candidate)
+                self.look(candidate)
                 if len(kept) >= goal:
                     break  # before any more are written
             before = kept[0 if kind.remembers else start :] or before
 
-    def _look(self, candidate: _Candidate) -> None:
+    def look(self, candidate: _Candidate) -> None:
+        """Keep or drop it."""
         task, text, ended, tokens = candidate
         words = [word.casefold() for word in _WORD.findall(text)]
         messages = task.make(text)
@@ -124,17 +135,32 @@ def _candidates(kind: Kind, author: Author, before: Sequence[Piece]) -> Iterator
         tasks = [task for n in range(number, number + kind.wave) if (task := kind.task(before, n)) is not None]
         if not tasks:
             return
-        for task, said, tokens in _to_the_end(tasks, author):
-            yield from (
-                _listed(task, said) if task.listed else [_Candidate(task, bare(said.text), said.finish_reason, tokens)]
-            )
+        for task, said, spent in _to_the_end(tasks, author):
+            yield from _candidates_of(task, said, spent)
         number += kind.wave
 
 
-def _to_the_end(tasks: list[Task], author: Author) -> Iterator[tuple[Task, Parsed, int]]:
-    """Each task with what follows from it: the last one that was asked, its words, and the tokens of all."""
+def _candidates_of(task: Task, said: Parsed, spent: Spent) -> Iterator[_Candidate]:
+    if task.listed:
+        yield from _listed(task, said)
+    else:
+        yield _Candidate(task, bare(said.text), said.finish_reason, spent.completion)
+
+
+def sift(source: WrittenPrompts, tasks: Sequence[Task], author: Author, tally: Tally) -> Iterator[tuple[Spent, int]]:
+    """What each of these tasks took, and how many prompts were kept of it."""
+    keeping = _Keeping(source, (), tally)
+    for task, said, spent in _to_the_end([*tasks], author):
+        before = len(tally.kept)
+        for candidate in _candidates_of(task, said, spent):
+            keeping.look(candidate)
+        yield spent, len(tally.kept) - before
+
+
+def _to_the_end(tasks: list[Task], author: Author) -> Iterator[tuple[Task, Parsed, Spent]]:
+    """Each task with what follows from it: the last one that was asked, its words, and what all of them took."""
     said = author.write(tasks)
-    tokens = [words.completion_tokens for words in said]
+    spent = [Spent(1, words.prompt_tokens, words.completion_tokens) for words in said]
     while True:
         going = [
             (n, then(text))
@@ -142,10 +168,13 @@ def _to_the_end(tasks: list[Task], author: Author) -> Iterator[tuple[Task, Parse
             if (then := tasks[n].then) and words.finish_reason == "stop" and (text := words.text.strip())
         ]
         if not going:
-            return zip(tasks, said, tokens, strict=True)
+            return zip(tasks, said, spent, strict=True)
         for (n, task), words in zip(going, author.write([task for _, task in going]), strict=True):
             tasks[n], said[n] = task, words
-            tokens[n] += words.completion_tokens
+            one = spent[n]
+            spent[n] = Spent(
+                one.requests + 1, one.prompt + words.prompt_tokens, one.completion + words.completion_tokens
+            )
 
 
 def _listed(task: Task, said: Parsed) -> Iterator[_Candidate]:
