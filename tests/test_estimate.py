@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -151,8 +152,8 @@ def test_what_writing_prompts_takes_is_projected_from_its_first_requests(tmp_pat
         told = figures(found)
         assert f"{kind}: requests" in as_text(found)
         assert "projected from nothing" not in as_text(found)
-        facts = gather(recipe, RunDir(tmp_path / "run"))
-        (part,) = facts["sources"]  # type: ignore[misc]
+        facts: dict[str, Any] = gather(recipe, RunDir(tmp_path / "run"))
+        (part,) = facts["sources"]
         assert server.bill.requests == part["requests"] > piloted  # the pilot's were not asked again
         assert len({charge.digest for charge in server.bill.charges}) == server.bill.requests
         billed = {
