@@ -161,7 +161,7 @@ def _written_rows(result: Standing) -> list[tuple[str, ...]]:
     """What became of the prompts that models wrote; nothing where none did."""
     facts = next((s.facts for s in result.stages if s.stage == "prompts" and s.done), {})
     sources = facts.get("sources")
-    rows = [("written prompts", "asked", "candidates", "kept", "dropped")]
+    rows: list[tuple[str, ...]] = [("written prompts", "asked", "candidates", "kept", "dropped")]
     for told in sources if isinstance(sources, list) else ():
         if not isinstance(told, dict) or not isinstance(dropped := told.get("dropped"), dict):
             continue

@@ -49,14 +49,14 @@ def read_dataset(source: DatasetPrompts, wanted: Columns) -> Iterator[Raw]:
 @contextmanager
 def _without_torch() -> Iterator[None]:
     """Lets `datasets` make a data set without loading torch, 180 MiB, for a loader that is not used here."""
-    import datasets
+    from datasets import config
 
-    before = datasets.config.TORCH_AVAILABLE
-    datasets.config.TORCH_AVAILABLE = before and "torch" in sys.modules
+    before = config.TORCH_AVAILABLE
+    config.TORCH_AVAILABLE = before and "torch" in sys.modules
     try:
         yield
     finally:
-        datasets.config.TORCH_AVAILABLE = before
+        config.TORCH_AVAILABLE = before
 
 
 def _open(source: DatasetPrompts) -> IterableDataset:
