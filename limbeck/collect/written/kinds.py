@@ -44,6 +44,7 @@ _WAVE = 64
 """Requests that are under way together, at most."""
 _OWN = 4
 """One example in so many is of the teacher's own, where there is one."""
+_SPACED = re.compile(r"\S+")
 _NUMBERED = re.compile(r"[ \t]{0,3}\**(\d{1,4})[.):]\**[ \t]+(.*)")
 
 
@@ -277,11 +278,13 @@ def chosen(source: FilePrompts | DatasetPrompts, count: int) -> list[Piece]:
 def _pieces(source: DocumentPrompts) -> list[Piece]:
     def cut():
         for row in iter_file_prompts(source.documents):
-            words = row.messages[-1].content.split(" ")
-            for start in range(0, len(words), source.words):
-                text = " ".join(words[start : start + source.words]).strip()
-                if text:
-                    yield _rank(f"{row.id} {start}"), text, row.id
+            text = row.messages[-1].content
+            starts = [word.start() for word in _SPACED.finditer(text)]
+            pieces = math.ceil(len(starts) / source.words)
+            # Of one length, so that no piece is the last few words of a document.
+            cuts = [starts[len(starts) * n // pieces] for n in range(pieces)]
+            for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True):
+                yield _rank(f"{row.id} {start}"), text[start:end].strip(), row.id
 
     picked = heapq.nsmallest(source.count, cut())
     return [Piece((_user(text),), (_parent(name, source.documents),)) for _, text, name in picked]
