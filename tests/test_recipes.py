@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import talker
 import yaml
 from conftest import prompt_file
+from typer.testing import CliRunner
 
 import limbeck
+from limbeck.cli import app
+from limbeck.collect.journal import Journal
 from limbeck.recipe import EndpointTeacher, Recipe
 from limbeck.recipe.prompts import WrittenPrompts
 from limbeck.recipe_file import load_recipe
@@ -76,3 +80,11 @@ def test_a_recipe_that_has_its_prompts_written_runs(teacher_dir: Path, tmp_path:
     scores = {(score.name, score.subject): score for score in done.scores}
     assert scores[scored, "student"].value is not None
     assert done.report.is_file()
+    shown = CliRunner().invoke(app, ["show", str(tmp_path / "run")]).output
+    (line,) = [line for line in shown.splitlines() if line.startswith(f"{path.stem}:")]
+    told = re.fullmatch(r"\S+ +(\d+) +(\d+) +12 +(.*)", line)
+    assert told is not None
+    dropped = sum(map(int, re.findall(r": (\d+)", told[3])))
+    assert int(told[2]) == 12 + dropped
+    with Journal(tmp_path / "run" / "journal.db") as journal:
+        assert len(journal) == int(told[1]) + 12  # each prompt has one answer
