@@ -97,6 +97,14 @@ def test_a_teacher_writes_prompts_once_and_is_recorded_with_what_they_came_from(
     assert facts["wording"]
 
 
+def test_little_more_is_asked_for_than_is_looked_at(tmp_path: Path):
+    """A second wave of 64 for the last six prompts would be paid for in vain."""
+    source = sources(tmp_path, 70)["documents"] | {"words": 5, "similarity": None}
+    with Server(SETTINGS) as server:
+        _, facts = gathered(made(server.url, source), tmp_path / "a")
+        assert facts["requests"] == server.bill.requests <= facts["candidates"] + 8
+
+
 def exchanged(root: Path) -> list[tuple[tuple[tuple[str, str], ...], bytes]]:
     """What the teacher was sent, as roles and contents, and the raw answer, out of the journal."""
     with sqlite3.connect(root / "journal.db") as db:

@@ -1,13 +1,14 @@
 """A source of the recipe to the prompts that a teacher writes for it.
 
-Candidates are numbered; they are written a fixed number at a time and looked at in their order, so what is kept hangs
-neither on how many are under way nor on where a run was interrupted.
+Candidates are numbered; how many are written at a time hangs on what was kept before alone, and they are looked at in
+their order, so what is kept hangs neither on how many are under way nor on where a run was interrupted.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from limbeck.collect.journal import Journal, held, journal_path
@@ -23,6 +24,8 @@ from limbeck.records import Digest, Prompt, TeacherIdentity
 from limbeck.rundir import RunDir
 
 _WORD = re.compile(r"\w+")
+_LEAST = 8
+"""Requests of a wave, where the kind has no fewer: the last few prompts are not waited for one by one."""
 _NO_LIST = "no list"
 
 
@@ -83,7 +86,14 @@ class _Keeping:
         for number in range(kind.rounds):
             goal = self._source.count * (number + 1) // kind.rounds
             start = len(kept)
-            for candidate in _candidates(kind, author, before) if start < goal else ():
+
+            def due(tasks: int, start: int = start, goal: int = goal) -> int:
+                """Requests of the next wave: as many as are still needed by what came of the round's before."""
+                got = len(kept) - start
+                needed = math.ceil((goal - len(kept)) * tasks / got) if got else kind.wave
+                return min(kind.wave, max(needed, _LEAST))
+
+            for candidate in _candidates(kind, author, before, due) if start < goal else ():
                 self._tally.refuse_vain()
                 self.look(candidate)
                 if len(kept) >= goal:
@@ -129,15 +139,17 @@ class _Candidate(NamedTuple):
     """That were written for it, and for no other candidate."""
 
 
-def _candidates(kind: Kind, author: Author, before: Sequence[Piece]) -> Iterator[_Candidate]:
+def _candidates(kind: Kind, author: Author, before: Sequence[Piece], due: Callable[[int], int]) -> Iterator[_Candidate]:
+    """Candidates in waves: `due` says how large the next one is, after so many requests."""
     number = 0
     while True:
-        tasks = [task for n in range(number, number + kind.wave) if (task := kind.task(before, n)) is not None]
+        wave = due(number)
+        tasks = [task for n in range(number, number + wave) if (task := kind.task(before, n)) is not None]
         if not tasks:
             return
         for task, said, spent in _to_the_end(tasks, author):
             yield from _candidates_of(task, said, spent)
-        number += kind.wave
+        number += wave
 
 
 def _candidates_of(task: Task, said: Parsed, spent: Spent) -> Iterator[_Candidate]:
