@@ -140,6 +140,7 @@ def _self_prompted(
     # torch and transformers, which files of prompts do not need
     from limbeck.collect.local import LocalTeacher
     from limbeck.collect.self_prompt import write_prompts
+    from limbeck.collect.written.author import keep_here
 
     settings = recipe.teachers[0]
     assert settings.kind == "local"  # a recipe with another is refused
@@ -150,9 +151,16 @@ def _self_prompted(
         Journal(path) as journal,
         run.progress.line("prompts", source.count, "prompts") as line,
     ):
-        tally = write_prompts(teacher, source, number, recipe.collect.concurrency, known, journal, line)
+        asked: list[Digest] = []
+        tally = write_prompts(teacher, source, number, recipe.collect.concurrency, known, journal, line, asked)
+        keep_here(journal, run, asked)
     name = teacher.identity.name
-    facts: dict[str, JsonValue] = {"writer": name, "weights": teacher.identity.weights, **tally.facts()}
+    facts: dict[str, JsonValue] = {
+        "writer": name,
+        "weights": teacher.identity.weights,
+        "requests": len(asked),
+        **tally.facts(),
+    }
     return _Gathered(source, f"self-prompt:{name}", teacher.licence, name, tally.kept, facts=facts)
 
 

@@ -96,17 +96,19 @@ def write_prompts(
     known: Collection[Digest],
     journal: Journal,
     line: Line,
+    asked: list[Digest],
 ) -> Tally:
     """`source.count` different prompts that are not among the `known` ids.
 
-    `stream` tells several such sources of a recipe apart. Candidates are written `width` at a time; each
-    batch is journaled in one commit before it is looked at, and one that is there already is not written
-    again. Raises `InputError` with what was kept and dropped where too few are of use (`Tally.refuse_vain`).
+    `asked` gets the keys of its requests. `stream` tells several such sources of a recipe apart. Candidates are
+    written `width` at a time; each batch is journaled in one commit before it is looked at, and one that is there
+    already is not written again. Raises `InputError` with what was kept and dropped where too few are of use
+    (`Tally.refuse_vain`).
     """
     turn = user_turn(teacher.tokenizer, source.system)
     tally = Tally(f"self-prompt of {teacher.identity.name}", source.count, line)
     taken: set[str] = set()
-    for candidate in _candidates(teacher, source, turn, stream, width, journal):
+    for candidate in _candidates(teacher, source, turn, stream, width, journal, asked):
         tally.refuse_vain()
         text = candidate.text.strip()
         messages = _messages(source, text)
@@ -135,7 +137,13 @@ def _dropped(candidate: LocalAnswer, turn: UserTurn, text: str) -> str | None:
 
 
 def _candidates(
-    teacher: LocalTeacher, source: SelfPrompt, turn: UserTurn, stream: int, width: int, journal: Journal
+    teacher: LocalTeacher,
+    source: SelfPrompt,
+    turn: UserTurn,
+    stream: int,
+    width: int,
+    journal: Journal,
+    asked: list[Digest],
 ) -> Iterator[LocalAnswer]:
     """Candidates in the order of their numbers, without end, from the journal, where those it lacks are put first."""
     for start in count(0, width):
@@ -143,6 +151,7 @@ def _candidates(
             teacher.continuation(turn.tokens, turn.end, source, f"self-prompt-{stream}", number)
             for number in range(start, start + width)
         ]
+        asked += [request.key for request in requests]
         lacking = set(journal.missing(request.key for request in requests))
         if lacking:
             for group in teacher.answer([[request for request in requests if request.key in lacking]]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from limbeck.collect.journal import Journal
@@ -12,7 +12,7 @@ from limbeck.errors import InputError
 from limbeck.progress import Line
 from limbeck.recipe import Recipe
 from limbeck.recipe.prompts import WrittenPrompts
-from limbeck.records import Prompt, Split
+from limbeck.records import Digest, Prompt, Split
 from limbeck.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Author:
         self._teacher: Writing | Endpoint = make_teacher(settings, collect, recipe.seed)
         self._recipe, self._run, self._journal, self._line = recipe, run, journal, line
         self.identity, self._kind = self._teacher.identity, source.kind
-        self.asked: list[str] = []
+        self.asked: list[Digest] = []
         """Keys of its requests in the journal."""
 
     @property
@@ -88,3 +88,10 @@ class Author:
         )
         if found.stopped is not None:
             raise found.stopped
+
+
+def keep_here(journal: Journal, run: RunDir, keys: Iterable[Digest]) -> None:
+    """Copy what was asked for these prompts out of a shared journal: RUN holds its own evidence."""
+    if journal.path != run / "journal.db":
+        with Journal(run / "journal.db") as own:
+            journal.copy_to(own, keys)

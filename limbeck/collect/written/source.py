@@ -14,7 +14,7 @@ from typing import NamedTuple
 from limbeck.collect.journal import Journal, held, journal_path
 from limbeck.collect.shards import merge_shards
 from limbeck.collect.teachers import Parsed
-from limbeck.collect.written.author import Author
+from limbeck.collect.written.author import Author, keep_here
 from limbeck.collect.written.kinds import Kind, Task, bare, items, make_kind
 from limbeck.collect.written.likeness import Likeness, alike
 from limbeck.collect.written.tally import Piece, Tally
@@ -65,9 +65,7 @@ def write_source(recipe: Recipe, source: WrittenPrompts, known: Collection[Diges
         author = Author(source, recipe, run, journal, line)
         tally = Tally(f"{source.kind} by {author.identity.name}", source.count, line)
         _Keeping(source, known, tally).fill(kind, author)
-        if journal.path != run / "journal.db":  # RUN holds its own evidence
-            with Journal(run / "journal.db") as own:
-                journal.copy_to(own, author.asked)
+        keep_here(journal, run, author.asked)
     return Written(author.identity, _licence(source, author.licence), len(author.asked), tally)
 
 
