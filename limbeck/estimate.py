@@ -27,9 +27,11 @@ from limbeck.collect.files import iter_file_prompts
 from limbeck.collect.journal import Journal
 from limbeck.collect.teachers import make_teacher
 from limbeck.errors import InputError, Problem
+from limbeck.estimate_written import written_figures
 from limbeck.evaluate.statistics import ratio_interval
 from limbeck.progress import Progress
 from limbeck.recipe import NO_ENDPOINT, DatasetPrompts, FilePrompts, Recipe
+from limbeck.recipe.prompts import WrittenPrompts
 from limbeck.records import Completion, Prompt, Split
 from limbeck.rundir import RunDir
 from limbeck.seeds import derive_seed
@@ -108,7 +110,7 @@ def estimate(
     count = sum(1 for _ in _prompts(recipe))
     own = sum(source.count for source in recipe.prompts if not isinstance(source, FilePrompts | DatasetPrompts))
     measured = {}
-    if pilot and path is not None:
+    if chosen and path is not None:
         measured = _pilot(recipe, chosen, priced, path, progress or Progress.silent())
     bounds = _bounds(recipe, teachers, priced, path)
     return Estimate(
@@ -120,7 +122,10 @@ def estimate(
         pilot=len(chosen),
         batches=batch is not None and bool(teachers),
         prices={name: one.source if one else "unknown" for name, one in priced.items()},
-        figures=tuple(_figures(recipe, count, own, bounds, measured, all(priced.values()))) if teachers else (),
+        figures=(
+            *(_figures(recipe, count, own, bounds, measured, all(priced.values())) if teachers else ()),
+            *(Figure(*one) for one in written_figures(recipe, priced, pilot=pilot, journal=path, progress=progress)),
+        ),
     )
 
 
@@ -156,10 +161,11 @@ def _refuse_pilot(recipe: Recipe, pilot: int, there: int, path: Path | None) -> 
         remedy = "leave --pilot out: nothing is paid for the answers of this recipe's teachers"
         problem = Problem("--pilot", "no teacher behind an endpoint", "one that is paid for", remedy)
         raise InputError("no pilot can be made", [problem])
-    if there < 2:
+    written = any(isinstance(source, WrittenPrompts) for source in recipe.prompts)
+    if there < 2 and not written:
         found, expected = f"{there} prompts in files and data sets", "at least 2: a pilot is drawn from them"
         problems.append(Problem("--pilot", found, expected, "leave --pilot out"))
-    elif pilot < 2 or pilot > there:
+    elif pilot < 2 or (pilot > there and not written):
         remedy = "give a number in between; 30 is a good start"
         problems.append(Problem("--pilot", str(pilot), f"2 to {there}, the number of different prompts", remedy))
     if path is None:
@@ -257,6 +263,7 @@ def as_text(found: Estimate) -> str:
         f"{found.requests:,} requests to endpoints, {found.journaled:,} answered already",
         *(f"prices of {name}: {_source(source)}" for name, source in found.prices.items()),
     ]
+    width = max([14, *(len(one.name) for one in found.figures)])
     for one in found.figures:
         told = []
         if one.value is not None:
@@ -265,7 +272,7 @@ def as_text(found: Estimate) -> str:
             told.append(f"({_number(one, one.low)} to {_number(one, one.high)})")
         if one.at_most is not None:
             told.append(f"at most {_number(one, one.at_most)}")
-        lines.append(f"{one.name:<14} {' '.join(told) or _unknown(found)} {one.unit if told else ''}".rstrip())
+        lines.append(f"{one.name:<{width}} {' '.join(told) or _unknown(found)} {one.unit if told else ''}".rstrip())
     return "\n".join([*lines, *_remarks(found)])
 
 
@@ -282,7 +289,7 @@ def _remarks(found: Estimate) -> Iterator[str]:
     if found.journaled:
         yield "figures are of all requests; what is answered already is not paid for again"
     if found.written:
-        yield "figures leave out prompts that are yet to be written: what they take is not known; a cap covers them"
+        yield "answers to prompts that are yet to be written are in none of the figures; a cap covers them"
     if found.batches:
         yield "in batches: a provider answers a batch within 24 hours; what it did not come to is asked again"
     if found.pilot:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,8 +15,10 @@ from asking import ask, file_of, made
 from typer.testing import CliRunner
 
 from limbeck.cli import app
-from limbeck.errors import InputError
+from limbeck.collect.prompts import gather
+from limbeck.errors import InputError, RefusedError
 from limbeck.estimate import Estimate, as_text, estimate
+from limbeck.rundir import RunDir
 from limbeck.testing import Model, Server, Settings
 
 PRICED = {"price": {"input": 1.0, "output": 3.0}}
@@ -148,12 +151,9 @@ def test_prompts_that_are_yet_to_be_written_are_counted_and_not_bounded(tmp_path
     recipe = made("http://127.0.0.1:9", written, teacher=PRICED, samples=2)
     found = estimate(recipe)
     assert (found.prompts, found.written, found.requests) == (9, 9, 18)
-    assert all(figure.at_most is None for figure in found.figures)
+    assert all(figure.at_most is None for figure in found.figures if not figure.name.startswith("evolve: "))
     capped = made("http://127.0.0.1:9", written, teacher=PRICED, budget={"money": 2.5})
     assert figures(estimate(capped))["money"][3] == 2.5
-    with pytest.raises(InputError) as error:
-        estimate(recipe, pilot=2, journal=tmp_path / "j.db")
-    assert "0 prompts" in str(error.value)
 
 
 def test_a_pilot_of_teachers_that_run_here_is_refused_in_one_sentence(tmp_path: Path):
@@ -178,3 +178,56 @@ def test_the_command(tmp_path: Path):
             "prompt tokens", "answer tokens", "money", "time", "journal",
         }  # fmt: skip
         assert server.bill.requests == 8
+
+
+def written(tmp_path: Path, kind: str, count: int, **more) -> dict:
+    """A source that the teacher writes, from twenty rows."""
+    rows = file_of(tmp_path, 20)
+    key = "documents" if kind == "documents" else "seeds"
+    return {"kind": kind, "count": count, "max_tokens": 90, key: rows} | more
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"), [("documents", {}), ("evolve", {"rounds": 1}), ("multi-turn", {"turns": 2, "max_tokens": 90})]
+)
+def test_what_writing_prompts_takes_is_projected_from_its_first_requests(tmp_path: Path, kind: str, more: dict):
+    """Half of the answers run into `max_tokens`, or nearly: those are dropped, and paid for all the same."""
+    served = SERVED.model_copy(update={"words": 70, "spread": 0.8, "delay": 0.0, "idempotency": False})
+    with Server(served) as server:
+        recipe = made(server.url, written(tmp_path, kind, 150, **more), teacher=PRICED)
+        bounds = figures(estimate(recipe))
+        assert server.bill.received == 0
+        path = tmp_path / "run" / "journal.db"
+        path.parent.mkdir()
+        found = estimate(recipe, pilot=60, journal=path)
+        piloted = server.bill.requests
+        told = figures(found)
+        assert f"{kind}: requests" in as_text(found)
+        assert "projected from nothing" not in as_text(found)
+        facts: dict[str, Any] = gather(recipe, RunDir(tmp_path / "run"))
+        (part,) = facts["sources"]
+        assert server.bill.requests == part["requests"] > piloted  # the pilot's were not asked again
+        assert len({charge.digest for charge in server.bill.charges}) == server.bill.requests
+        billed = {
+            "requests": server.bill.requests,
+            "prompt tokens": server.bill.prompt_tokens,
+            "answer tokens": server.bill.completion_tokens,
+            "money": float(server.bill.money),
+        }
+    assert part["candidates"] > 1.3 * 150
+    for name, true in billed.items():
+        value, low, high, at_most = told[f"{kind}: {name}"]
+        assert low < value < high  # type: ignore[operator]
+        # The run writes whole waves, and so up to one more than it looks at.
+        assert 0.8 * low < true < 1.5 * high  # type: ignore[operator]
+        assert (at_most is None and kind == "multi-turn") or true <= at_most  # type: ignore[operator]
+        assert bounds[f"{kind}: {name}"] == (None, None, None, at_most)
+
+
+def test_a_cap_bounds_what_writing_can_cost_and_a_pilot_stops_at_it(tmp_path: Path):
+    with Server(SERVED) as server:
+        recipe = made(server.url, written(tmp_path, "evolve", 50), teacher=PRICED, budget={"money": 0.004})
+        assert figures(estimate(recipe))["evolve: money"] == (None, None, None, 0.004)
+        with pytest.raises(RefusedError, match="the money cap is reached"):
+            estimate(recipe, pilot=40, journal=tmp_path / "journal.db")
+        assert 0 < float(server.bill.money) <= 0.004

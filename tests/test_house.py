@@ -44,6 +44,7 @@ TOP = {
     "doctor",
     "starter",
     "estimate",
+    "estimate_written",
     "testing",
     "__init__",
     "__main__",

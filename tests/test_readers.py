@@ -227,7 +227,7 @@ TestSets.settings = settings(max_examples=15, stateful_step_count=20, deadline=N
 
 @given(st.lists(st.integers(1, 2**32), min_size=6, max_size=40, unique=True), st.data())
 def test_what_begins_alike_is_told_apart(numbers: list[int], data: st.DataObject):
-    """All of them belong to the same slot of the table."""
+    """And a text that is no digest is refused."""
     alike = [f"sha256:{'00' * 8}{n:048x}" for n in numbers]
     gone = data.draw(st.sets(st.sampled_from(alike)))
     made = DigestSet()
@@ -236,6 +236,8 @@ def test_what_begins_alike_is_told_apart(numbers: list[int], data: st.DataObject
     for digest in gone:
         made.discard(digest)
     assert [digest in made for digest in alike] == [digest not in gone for digest in alike]
+    with pytest.raises(ValueError, match="not a SHA-256 digest"):
+        made.add("sha256:00")
 
 
 def test_a_data_set_becomes_prompts_beside_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -18,6 +18,7 @@ from limbeck.collect.journal import Journal
 from limbeck.collect.local import LocalAnswer
 from limbeck.collect.prompts import gather
 from limbeck.collect.self_prompt import user_turn, why_not
+from limbeck.collect.written import tally
 from limbeck.errors import InputError, ModelError
 from limbeck.ledger.canonical import digest_json
 from limbeck.recipe import SelfPrompt
@@ -97,6 +98,17 @@ def test_own_prompts_do_not_hang_on_the_batch_and_more_of_them_begin_alike(tmp_p
     assert texts[0] == texts[1] == texts[2][:9]
 
 
+def test_candidates_of_a_shared_journal_are_kept_in_the_run_too(tmp_path: Path, talking: Path):
+    made = recipe(talking, own(6), journal=str(tmp_path / "shared.db"))
+    first, second = gathered(made, tmp_path / "a"), gathered(made, tmp_path / "b")
+    assert prompts(first) == prompts(second)
+    with Journal(tmp_path / "shared.db") as shared:
+        keys = [key for (key,) in shared._db.execute("SELECT key FROM answers")]
+        for run in (first, second):
+            with Journal(run / "journal.db") as journal:
+                assert [journal.get(key).raw for key in keys] == [shared.get(key).raw for key in keys]
+
+
 def test_own_prompts_are_different_from_files_and_from_each_other(tmp_path: Path, talking: Path):
     first = [p.messages[0].content for p in prompts(gathered(recipe(talking, own(6)), tmp_path / "first"))]
     made = recipe(talking, prompts_file(tmp_path / "p.jsonl", first[:3]), own(6), own(6), own(5, system="Ask."))
@@ -110,11 +122,11 @@ def test_own_prompts_are_different_from_files_and_from_each_other(tmp_path: Path
 
 
 def test_too_few_of_use_is_an_error_with_the_share(tmp_path: Path, talking: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(self_prompt, "_TRIES", 3)
+    monkeypatch.setattr(tally, "TRIES", 3)
     with pytest.raises(InputError) as error:
         gather(recipe(talking, own(6, max_tokens=1)), RunDir(tmp_path))
     (problem,) = error.value.problems
-    assert problem.found.startswith("0 of 20 candidates taken (0.0%; ran on: ")
+    assert problem.found.startswith("0 of 18 candidates kept (0.0%; ran on: ")
     assert "count: 6" in problem.expected
     assert not (tmp_path / "prompts.parquet").exists()
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from limbeck.collect.journal import Journal
 from limbeck.collect.prompts import gather
 from limbeck.collect.written.kinds import items
-from limbeck.collect.written.source import alike
+from limbeck.collect.written.likeness import Likeness, alike
 from limbeck.errors import EndpointError, InputError, RefusedError
 from limbeck.ledger.canonical import digest_file
 from limbeck.recipe import Recipe
@@ -97,6 +97,14 @@ def test_a_teacher_writes_prompts_once_and_is_recorded_with_what_they_came_from(
     assert facts["wording"]
 
 
+def test_little_more_is_asked_for_than_is_looked_at(tmp_path: Path):
+    """A second wave of 64 for the last six prompts would be paid for in vain."""
+    source = sources(tmp_path, 70)["documents"] | {"words": 5, "similarity": None}
+    with Server(SETTINGS) as server:
+        _, facts = gathered(made(server.url, source), tmp_path / "a")
+        assert facts["requests"] == server.bill.requests <= facts["candidates"] + 8
+
+
 def exchanged(root: Path) -> list[tuple[tuple[tuple[str, str], ...], bytes]]:
     """What the teacher was sent, as roles and contents, and the raw answer, out of the journal."""
     with sqlite3.connect(root / "journal.db") as db:
@@ -113,7 +121,7 @@ def asked(root: Path) -> list[str]:
 
 def test_each_persona_meets_each_task_and_rounds_evolve_what_was_evolved(tmp_path: Path):
     with Server(SETTINGS) as server:
-        gathered(made(server.url, sources(tmp_path)["personas"]), tmp_path / "p")
+        gathered(made(server.url, sources(tmp_path, 15)["personas"]), tmp_path / "p")
         evolved, _ = gathered(made(server.url, sources(tmp_path)["evolve"]), tmp_path / "e")
     told = asked(tmp_path / "p")
     for n in range(3):
@@ -130,7 +138,9 @@ def test_a_piece_is_shown_or_only_used_to_ask(tmp_path: Path, show: bool):
     with Server(SETTINGS) as server:
         made_ = made(server.url, sources(tmp_path)["documents"] | {"show": show})
         prompts, _ = gathered(made_, tmp_path / "d")
-    pieces = [" ".join(f"d{n}w{i}" for i in range(s, min(s + 10, 25))) for n in range(4) for s in (0, 10, 20)]
+    # 25 words in pieces of 10 at most
+    parts = [(0, 8), (8, 16), (16, 25)]
+    pieces = [" ".join(f"d{n}w{i}" for i in range(*part)) for n in range(4) for part in parts]
     told = asked(tmp_path / "d")
     assert all(any(f"\n{piece}\n" in t for t in told) for piece in pieces)
     starts = [any(p.messages[0].content.startswith(f"{piece}\n\n") for piece in pieces) for p in prompts]
@@ -180,7 +190,7 @@ def test_what_is_dropped_is_counted_and_too_few_is_an_error(tmp_path: Path):
         assert set(facts["dropped"]) == {"ended by length", "short"}
         with pytest.raises(InputError, match="too few prompts") as error:
             gathered(made(server.url, source | {"max_tokens": 4}), tmp_path / "b")
-    assert "0 of 240 candidates kept (ended by length: 240)" in error.value.problems[0].found
+    assert "0 of 240 candidates kept (0.0%; ended by length: 240)" in error.value.problems[0].found
     assert not (tmp_path / "b" / "prompts.parquet").exists()
 
 
@@ -199,6 +209,17 @@ def test_likeness_is_that_of_rouge_l(one: list[str], other: list[str], limit: fl
     score = 2 * recall * precision / (recall + precision) if table[-1][-1] else 0.0
     if abs(score - limit) > 1e-9:
         assert alike(one, other, limit) == (score > limit)
+
+
+WORDS = st.lists(st.sampled_from("abcdefgh"), max_size=7)
+
+
+@given(st.lists(WORDS, max_size=24), st.sampled_from([0.05, 0.3, 0.5, 0.6, 0.7, 0.8, 1.0]))
+def test_what_is_near_is_found_without_comparing_each_with_each(texts: list[list[str]], limit: float):
+    found = Likeness(limit)
+    for place, text in enumerate(texts):
+        assert found.near(text) == any(alike(text, before, limit) for before in texts[:place])
+        found.add(text)
 
 
 def test_lists_are_made_of_seeds_and_of_what_earlier_rounds_kept(tmp_path: Path):

@@ -153,6 +153,8 @@ def as_text(result: Standing, *, facts: bool) -> str:
         parts.append(
             _table([("score", "subject", "value", "95 % interval", "n", "unit"), *map(_score_row, result.scores)])
         )
+    if written := _written_rows(result):
+        parts.append(_table(written))
     if ruled := _gate_rows(result):
         parts.append(_table(ruled))
     if money := _money_rows(result):
@@ -163,6 +165,20 @@ def as_text(result: Standing, *, facts: bool) -> str:
     if places:
         parts.append(_table(places))
     return printable("\n\n".join(parts))
+
+
+def _written_rows(result: Standing) -> list[tuple[str, ...]]:
+    """What became of the prompts that models wrote; nothing where none did."""
+    facts = next((s.facts for s in result.stages if s.stage == "prompts" and s.done), {})
+    sources = facts.get("sources")
+    rows: list[tuple[str, ...]] = [("written prompts", "asked", "candidates", "kept", "dropped")]
+    for told in sources if isinstance(sources, list) else ():
+        if not isinstance(told, dict) or not isinstance(dropped := told.get("dropped"), dict):
+            continue
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "none"
+        counts = (told.get("requests", told.get("candidates")), told.get("candidates"), told.get("kept"))
+        rows.append((str(told.get("source")), *map(str, counts), reasons))
+    return rows if len(rows) > 1 else []
 
 
 def _gate_rows(result: Standing) -> list[tuple[str, ...]]:

@@ -140,6 +140,7 @@ def _self_prompted(
     # torch and transformers, which files of prompts do not need
     from limbeck.collect.local import LocalTeacher
     from limbeck.collect.self_prompt import write_prompts
+    from limbeck.collect.written.author import keep_here
 
     settings = recipe.teachers[0]
     assert settings.kind == "local"  # a recipe with another is refused
@@ -150,17 +151,17 @@ def _self_prompted(
         Journal(path) as journal,
         run.progress.line("prompts", source.count, "prompts") as line,
     ):
-        written = write_prompts(teacher, source, number, recipe.collect.concurrency, known, journal, line)
+        asked: list[Digest] = []
+        tally = write_prompts(teacher, source, number, recipe.collect.concurrency, known, journal, line, asked)
+        keep_here(journal, run, asked)
     name = teacher.identity.name
     facts: dict[str, JsonValue] = {
         "writer": name,
         "weights": teacher.identity.weights,
-        "candidates": written.candidates,
-        "candidate_tokens": written.tokens,
-        "dropped": dict(sorted(written.dropped.items())),
+        "requests": len(asked),
+        **tally.facts(),
     }
-    own = [(messages, ()) for messages in written.prompts]
-    return _Gathered(source, f"self-prompt:{name}", teacher.licence, name, own, facts=facts)
+    return _Gathered(source, f"self-prompt:{name}", teacher.licence, name, tally.kept, facts=facts)
 
 
 def _written(recipe: Recipe, source: WrittenPrompts, known: Collection[Digest], run: RunDir) -> _Gathered:
@@ -176,9 +177,8 @@ def _written(recipe: Recipe, source: WrittenPrompts, known: Collection[Digest], 
         "terms": written.writer.terms,
         "made_from": [{"source": rows.name, "licence": rows.licence} for _, rows in rows_of(source)],
         "wording": {name: wording_digest(name) for name in make_kind(source, recipe.seed).wordings},
-        "candidates": written.candidates,
-        "candidate_tokens": written.tokens,
-        "dropped": dict(sorted(written.dropped.items())),
+        "requests": written.requests,
+        **written.tally.facts(),
     }
     name = f"{source.kind}:{written.writer.name}"
-    return _Gathered(source, name, written.licence, written.writer.name, written.prompts, facts=facts)
+    return _Gathered(source, name, written.licence, written.writer.name, written.tally.kept, facts=facts)

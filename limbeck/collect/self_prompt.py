@@ -9,8 +9,8 @@ where a run was interrupted.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Collection, Iterator
+from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import TemplateError
@@ -18,16 +18,14 @@ from jinja2 import TemplateError
 from limbeck.collect.journal import Journal
 from limbeck.collect.local import LocalAnswer, LocalTeacher
 from limbeck.collect.rows import shown
-from limbeck.errors import InputError, ModelError, Problem
+from limbeck.collect.written.tally import Piece, Tally
+from limbeck.errors import ModelError, Problem
 from limbeck.progress import Line
 from limbeck.recipe import SelfPrompt
 from limbeck.records import Digest, Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-_TRIES = 20
-"""Candidates for each prompt asked for before giving up. SmolLM2-135M needs 1.4."""
 
 _SENTINEL = "limbecksentinel"
 
@@ -54,17 +52,6 @@ class UserTurn(NamedTuple):
     """The special token after them."""
     special: frozenset[int]
     """All special tokens, which a user does not write."""
-
-
-class Written(NamedTuple):
-    """What came of a source of self-written prompts."""
-
-    prompts: list[tuple[Message, ...]]
-    candidates: int
-    tokens: int
-    """Tokens of all candidates."""
-    dropped: Counter[str]
-    """Candidates dropped, by reason."""
 
 
 def user_turn(tokenizer: PreTrainedTokenizerFast, system: str | None) -> UserTurn:
@@ -109,35 +96,34 @@ def write_prompts(
     known: Collection[Digest],
     journal: Journal,
     line: Line,
-) -> Written:
+    asked: list[Digest],
+) -> Tally:
     """`source.count` different prompts that are not among the `known` ids.
 
-    `stream` tells several such sources of a recipe apart. Candidates are written `width` at a time; each
-    batch is journaled in one commit before it is looked at, and one that is there already is not written
-    again. Raises `InputError` with the share taken after 20 candidates for each prompt asked for.
+    `asked` gets the keys of its requests. `stream` tells several such sources of a recipe apart. Candidates are
+    written `width` at a time; each batch is journaled in one commit before it is looked at, and one that is there
+    already is not written again. Raises `InputError` with what was kept and dropped where too few are of use
+    (`Tally.refuse_vain`).
     """
     turn = user_turn(teacher.tokenizer, source.system)
-    written = Written([], 0, 0, Counter())
+    tally = Tally(f"self-prompt of {teacher.identity.name}", source.count, line)
     taken: set[str] = set()
-    for candidate in _candidates(teacher, source, turn, stream, width, journal):
+    for candidate in _candidates(teacher, source, turn, stream, width, journal, asked):
+        tally.refuse_vain()
         text = candidate.text.strip()
         messages = _messages(source, text)
         folded = " ".join(text.casefold().split())
         reason = _dropped(candidate, turn, text)
         if reason is None and (folded in taken or Prompt.id_of(messages) in known):
             reason = "duplicate"
-        if reason is None:
-            taken.add(folded)
-            written.prompts.append(messages)
-            line.advance()
-        else:
-            written.dropped[reason] += 1
-        tokens = written.tokens + candidate.completion_tokens
-        written = written._replace(candidates=written.candidates + 1, tokens=tokens)
-        line.note(f"{len(written.prompts) / written.candidates:.0%} of candidates")
-        if len(written.prompts) == source.count:
-            return written
-    raise _too_few(teacher, source, written)
+        if reason is not None:
+            tally.drop(reason, candidate.completion_tokens)
+            continue
+        taken.add(folded)
+        tally.keep(Piece(messages, ()), candidate.completion_tokens)
+        if len(tally.kept) == source.count:
+            break
+    return tally
 
 
 def _dropped(candidate: LocalAnswer, turn: UserTurn, text: str) -> str | None:
@@ -151,14 +137,21 @@ def _dropped(candidate: LocalAnswer, turn: UserTurn, text: str) -> str | None:
 
 
 def _candidates(
-    teacher: LocalTeacher, source: SelfPrompt, turn: UserTurn, stream: int, width: int, journal: Journal
+    teacher: LocalTeacher,
+    source: SelfPrompt,
+    turn: UserTurn,
+    stream: int,
+    width: int,
+    journal: Journal,
+    asked: list[Digest],
 ) -> Iterator[LocalAnswer]:
-    """Candidates in the order of their numbers, from the journal, where those it lacks are put first."""
-    for start in range(0, _TRIES * source.count, width):
+    """Candidates in the order of their numbers, without end, from the journal, where those it lacks are put first."""
+    for start in count(0, width):
         requests = [
             teacher.continuation(turn.tokens, turn.end, source, f"self-prompt-{stream}", number)
             for number in range(start, start + width)
         ]
+        asked += [request.key for request in requests]
         lacking = set(journal.missing(request.key for request in requests))
         if lacking:
             for group in teacher.answer([[request for request in requests if request.key in lacking]]):
@@ -189,13 +182,3 @@ def why_not(text: str) -> str | None:
 def _messages(source: SelfPrompt, text: str) -> tuple[Message, ...]:
     system = (Message(role="system", content=source.system),) if source.system else ()
     return (*system, Message(role="user", content=text))
-
-
-def _too_few(teacher: LocalTeacher, source: SelfPrompt, written: Written) -> InputError:
-    share = len(written.prompts) / written.candidates
-    dropped = ", ".join(f"{reason}: {n}" for reason, n in written.dropped.most_common())
-    found = f"{len(written.prompts)} of {written.candidates} candidates taken ({share:.1%}; {dropped})"
-    expected = f"count: {source.count}, from at most {_TRIES} candidates each"
-    remedy = "raise max_tokens, change temperature, lower count, or give prompts in a file"
-    problem = Problem(f"prompts: self-prompt of {teacher.identity.name}", found, expected, remedy)
-    return InputError("the teacher writes too few prompts of use", [problem])

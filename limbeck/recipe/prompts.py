@@ -188,7 +188,7 @@ class DocumentPrompts(_Written):
     documents: RowPrompts
     """The documents, one a row."""
     words: PositiveInt = 300
-    """Words of the pieces that documents are cut into."""
+    """Most words of a piece: each document is cut into as few pieces as that allows, all of one length."""
     show: bool = True
     """Whether the piece stands in the prompt before the question; else it is only used to ask."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -18,6 +20,9 @@ from limbeck.recipe import DatasetPrompts
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
+_ROWS = 1024
+"""Rows of a Parquet file that are read together."""
+
 
 def read_dataset(source: DatasetPrompts, wanted: Columns) -> Iterator[Raw]:
     """A `Reader`. Nothing is downloaded but the rows that are read, a piece at a time, and no code of a data set is
@@ -26,11 +31,10 @@ def read_dataset(source: DatasetPrompts, wanted: Columns) -> Iterator[Raw]:
     if find_spec("datasets") is None:
         found, remedy = "this Python is without datasets", "pip install 'limbeck[datasets]', or use a file"
         raise unreadable(source, found, "the package that reads data sets", remedy)
-    rows = _open(source)
-    names = None
-    if rows.column_names is not None:
-        names = columns(source, rows.column_names, wanted)
-        rows = rows.select_columns(names)
+    with _without_torch():
+        rows = _open(source)
+        if rows.column_names is not None:
+            rows = rows.select_columns(columns(source, rows.column_names, wanted))
     number = 0
     try:
         for number, row in enumerate(rows, 1):
@@ -42,24 +46,46 @@ def read_dataset(source: DatasetPrompts, wanted: Columns) -> Iterator[Raw]:
         raise unreadable(source, found, "rows to its end", "run the same command again, or take a file") from None
 
 
+@contextmanager
+def _without_torch() -> Iterator[None]:
+    """Lets `datasets` make a data set without loading torch, 180 MiB, for a loader that is not used here."""
+    from datasets import config
+
+    before = config.TORCH_AVAILABLE
+    config.TORCH_AVAILABLE = before and "torch" in sys.modules
+    try:
+        yield
+    finally:
+        config.TORCH_AVAILABLE = before
+
+
 def _open(source: DatasetPrompts) -> IterableDataset:
     import datasets
 
     try:
         if (Path(source.path) / "dataset_info.json").is_file() or (Path(source.path) / "dataset_dict.json").is_file():
             return _saved(source)
-        return datasets.load_dataset(
-            source.path,
-            source.config,
-            split=source.split,
-            revision=source.revision,
-            data_files=list(source.data_files) or None,
-            streaming=True,
+        found = datasets.load_dataset_builder(
+            source.path, source.config, revision=source.revision, data_files=list(source.data_files) or None
         )
+        _read_little(found.config)
+        rows = cast("IterableDataset", found.as_streaming_dataset(split=source.split))
+        # A file of Parquet is decoded whole, or by row groups. Counting these opens every file, also for a few rows.
+        return rows if source.limit is not None and not Path(source.path).exists() else rows.reshard()
     except PromptError:
         raise
     except _errors() as error:
         raise _not_opened(source, error) from None
+
+
+def _read_little(config: object) -> None:
+    """Has Parquet read a few rows at a time, and keep nothing of what was read."""
+    from datasets.packaged_modules.parquet.parquet import ParquetConfig
+    from pyarrow.dataset import ParquetFragmentScanOptions
+
+    if isinstance(config, ParquetConfig):
+        config.batch_size = _ROWS
+        config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False)
 
 
 def _saved(source: DatasetPrompts) -> IterableDataset:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from limbeck.collect.journal import Journal
 from limbeck.collect.teachers import Parsed, Request, Writing, make_teacher
 from limbeck.collect.written.kinds import Task
+from limbeck.errors import InputError
 from limbeck.progress import Line
 from limbeck.recipe import Recipe
 from limbeck.recipe.prompts import WrittenPrompts
-from limbeck.records import Prompt, Split
+from limbeck.records import Digest, Prompt, Split
 from limbeck.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ class Author:
         collect = recipe.collect.model_copy(update=told)
         self._teacher: Writing | Endpoint = make_teacher(settings, collect, recipe.seed)
         self._recipe, self._run, self._journal, self._line = recipe, run, journal, line
-        self.identity = self._teacher.identity
-        self.asked: list[str] = []
+        self.identity, self._kind = self._teacher.identity, source.kind
+        self.asked: list[Digest] = []
         """Keys of its requests in the journal."""
 
     @property
@@ -52,6 +53,11 @@ class Author:
         self.asked += [request.key for request in requests]
         return [self._teacher.parse(request, self._journal.get(request.key).raw) for request in requests]
 
+    def _named(self, error: InputError) -> InputError:
+        """With the key of this source, where a teacher that was given its settings names that of answers."""
+        named = {"collect.max_tokens": f"max_tokens of {self._kind}"}
+        return type(error)(error.summary, [p._replace(where=named.get(p.where, p.where)) for p in error.problems])
+
     def _lacking(self, requests: Sequence[Request]) -> list[Request]:
         missing = set(self._journal.missing(request.key for request in requests))
         return [request for request in requests if request.key in missing]
@@ -63,8 +69,11 @@ class Author:
 
     def _ask(self, requests: Sequence[Request]) -> None:
         if self._teacher.identity.kind == "local":
-            for group in self._teacher.answer([requests]):  # pyright: ignore[reportAttributeAccessIssue]
-                self._journal.put_group(group)
+            try:
+                for group in self._teacher.answer([requests]):  # pyright: ignore[reportAttributeAccessIssue]
+                    self._journal.put_group(group)
+            except InputError as error:
+                raise self._named(error) from None
             return
         from limbeck.collect.endpoints.stage import ask_endpoint
 
@@ -79,3 +88,10 @@ class Author:
         )
         if found.stopped is not None:
             raise found.stopped
+
+
+def keep_here(journal: Journal, run: RunDir, keys: Iterable[Digest]) -> None:
+    """Copy what was asked for these prompts out of a shared journal: RUN holds its own evidence."""
+    if journal.path != run / "journal.db":
+        with Journal(run / "journal.db") as own:
+            journal.copy_to(own, keys)

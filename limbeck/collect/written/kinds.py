@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 
 from limbeck.collect.digests import DigestSet
 from limbeck.collect.files import iter_file_prompts
+from limbeck.collect.written.tally import Piece
 from limbeck.collect.written.wording import told
 from limbeck.recipe import (
     DatasetPrompts,
@@ -40,22 +41,11 @@ _DEEPER = (
 _BESIDE = 0.25
 """Share of candidates that are evolved in breadth."""
 _WAVE = 64
-"""Requests that are under way together."""
+"""Requests that are under way together, at most."""
 _OWN = 4
 """One example in so many is of the teacher's own, where there is one."""
+_SPACED = re.compile(r"\S+")
 _NUMBERED = re.compile(r"[ \t]{0,3}\**(\d{1,4})[.):]\**[ \t]+(.*)")
-
-
-class Piece(NamedTuple):
-    """Something to start from: a seed, a persona, a piece of a document, a prompt of the round before."""
-
-    messages: tuple[Message, ...]
-    parents: tuple[Parent, ...]
-
-    @property
-    def text(self) -> str:
-        """What its user says."""
-        return self.messages[-1].content
 
 
 class Task(NamedTuple):
@@ -110,10 +100,11 @@ class Evolve:
     """A `Kind`: seeds made harder, or something beside them."""
 
     wordings: tuple[str, ...] = ("deepen", "widen")
-    wave, remembers = _WAVE, False
+    remembers = False
 
     def __init__(self, source: EvolvePrompts, seed: int):
         self.rounds, self._seed = source.rounds, seed
+        self.wave = _wave(source.count, source.rounds)
         self._seeds = chosen(source.seeds, source.count)
 
     def task(self, before: Sequence[Piece], number: int) -> Task:
@@ -134,9 +125,10 @@ class Personas:
 
     rounds = 1
     wordings: tuple[str, ...] = ("persona",)
-    wave, remembers = _WAVE, False
+    remembers = False
 
     def __init__(self, source: PersonaPrompts, seed: int):
+        self.wave = _wave(source.count)
         self._personas, self._tasks = chosen(source.personas, source.count), chosen(source.tasks, source.count)
         self._pairs = len(self._personas) * len(self._tasks)
         # Steps of a number without a common divisor come by every pair once.
@@ -159,9 +151,10 @@ class Documents:
 
     rounds = 1
     wordings: tuple[str, ...] = ("question",)
-    wave, remembers = _WAVE, False
+    remembers = False
 
     def __init__(self, source: DocumentPrompts):
+        self.wave = _wave(source.count)
         self._show = source.show
         self._pieces = _pieces(source)
 
@@ -182,8 +175,7 @@ class SelfInstruct:
     def __init__(self, source: SelfInstructPrompts, seed: int):
         self._source, self._seed = source, seed
         self.rounds = min(source.rounds, source.count)
-        # A list has many candidates: no more of them than would do if all were kept.
-        self.wave = min(_WAVE, math.ceil(source.count / (self.rounds * source.each)))
+        self.wave = _wave(source.count, self.rounds * source.each)
         self._seeds = chosen(source.seeds, max(source.count, source.examples))
 
     def task(self, before: Sequence[Piece], number: int) -> Task:
@@ -208,7 +200,7 @@ class MultiTurn:
 
     def __init__(self, source: MultiTurnPrompts):
         self._turns = source.turns
-        self.wave = min(_WAVE, source.count)
+        self.wave = _wave(source.count)
         self._seeds = chosen(source.seeds, source.count)
 
     def task(self, before: Sequence[Piece], number: int) -> Task:
@@ -234,6 +226,13 @@ class MultiTurn:
         likened = tuple(message.content for message in spoken if message.role == "user")
         then = None if turn == self._turns else lambda text: self._answer(make(bare(text)), turn, number, parents)
         return Task(told("turn", chat=spoken), number, parents, likened, make, then=then)
+
+
+def _wave(count: int, parts: int = 1) -> int:
+    """Requests that are under way together: no more than would do if all that comes of them were kept, since all are
+    paid for. `count` prompts come in as many parts as rounds times prompts a request.
+    """
+    return min(_WAVE, math.ceil(count / parts))
 
 
 def items(text: str) -> list[str]:
@@ -279,11 +278,13 @@ def chosen(source: FilePrompts | DatasetPrompts, count: int) -> list[Piece]:
 def _pieces(source: DocumentPrompts) -> list[Piece]:
     def cut():
         for row in iter_file_prompts(source.documents):
-            words = row.messages[-1].content.split(" ")
-            for start in range(0, len(words), source.words):
-                text = " ".join(words[start : start + source.words]).strip()
-                if text:
-                    yield _rank(f"{row.id} {start}"), text, row.id
+            text = row.messages[-1].content
+            starts = [word.start() for word in _SPACED.finditer(text)]
+            pieces = math.ceil(len(starts) / source.words)
+            # Of one length, so that no piece is the last few words of a document.
+            cuts = [starts[len(starts) * n // pieces] for n in range(pieces)]
+            for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True):
+                yield _rank(f"{row.id} {start}"), text[start:end].strip(), row.id
 
     picked = heapq.nsmallest(source.count, cut())
     return [Piece((_user(text),), (_parent(name, source.documents),)) for _, text, name in picked]

@@ -1,54 +1,61 @@
 """A source of the recipe to the prompts that a teacher writes for it.
 
-Candidates are numbered; they are written a fixed number at a time and looked at in their order, so what is kept hangs
-neither on how many are under way nor on where a run was interrupted.
+Candidates are numbered; how many are written at a time hangs on what was kept before alone, and they are looked at in
+their order, so what is kept hangs neither on how many are under way nor on where a run was interrupted.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from limbeck.collect.journal import Journal, held, journal_path
 from limbeck.collect.shards import merge_shards
 from limbeck.collect.teachers import Parsed
-from limbeck.collect.written.author import Author
-from limbeck.collect.written.kinds import Kind, Piece, Task, bare, items, make_kind
-from limbeck.errors import InputError, Problem
-from limbeck.progress import Line
+from limbeck.collect.written.author import Author, keep_here
+from limbeck.collect.written.kinds import Kind, Task, bare, items, make_kind
+from limbeck.collect.written.likeness import Likeness, alike
+from limbeck.collect.written.tally import Piece, Tally
 from limbeck.recipe import Recipe
 from limbeck.recipe.prompts import WrittenPrompts, rows_of
 from limbeck.records import Digest, Prompt, TeacherIdentity
 from limbeck.rundir import RunDir
 
-_TRIES = 20
-"""Candidates for each prompt asked for, before giving up."""
 _WORD = re.compile(r"\w+")
+_LEAST = 8
+"""Requests of a wave, where the kind has no fewer: the last few prompts are not waited for one by one."""
 _NO_LIST = "no list"
 
 
-@dataclass
-class Written:
+class Spent(NamedTuple):
+    """What writing took."""
+
+    requests: int
+    prompt: int
+    """Tokens."""
+    completion: int
+    """Tokens."""
+
+
+class Written(NamedTuple):
     """What came of a source."""
 
     writer: TeacherIdentity
     licence: str
     """SPDX expression: what it was made from, and the weights that made it, where they are here."""
-    prompts: list[Piece] = field(default_factory=list)
-    candidates: int = 0
-    tokens: int = 0
-    """Of all candidates."""
-    dropped: Counter[str] = field(default_factory=Counter)
+    requests: int
+    """That were sent to the teacher, or found in the journal: what was written for nothing at the end of a round is
+    among them."""
+    tally: Tally
 
 
 def write_source(recipe: Recipe, source: WrittenPrompts, known: Collection[Digest], run: RunDir) -> Written:
     """`source.count` prompts that are not among the `known` ids.
 
-    Raises `InputError` with the share kept after 20 candidates for each prompt asked for, and what asking a teacher
-    raises; what was written by then is journaled.
+    Raises `InputError` with what was kept and dropped where too few candidates are of use (`Tally.refuse_vain`), and
+    what asking a teacher raises; what was written by then is journaled.
     """
     kind = make_kind(source, recipe.seed)
     path = journal_path(recipe, run)
@@ -56,52 +63,53 @@ def write_source(recipe: Recipe, source: WrittenPrompts, known: Collection[Diges
         journal.close_open()
         merge_shards(journal)
         author = Author(source, recipe, run, journal, line)
-        written = Written(author.identity, _licence(source, author.licence))
-        _Keeping(source, known, written, line).fill(kind, author)
-        if journal.path != run / "journal.db":  # RUN holds its own evidence
-            with Journal(run / "journal.db") as own:
-                journal.copy_to(own, author.asked)
-    return written
+        tally = Tally(f"{source.kind} by {author.identity.name}", source.count, line)
+        _Keeping(source, known, tally).fill(kind, author)
+        keep_here(journal, run, author.asked)
+    return Written(author.identity, _licence(source, author.licence), len(author.asked), tally)
 
 
 class _Keeping:
     """Looks at candidates and keeps those that are of use."""
 
-    def __init__(self, source: WrittenPrompts, known: Collection[Digest], written: Written, line: Line):
-        self._source, self._known, self._written, self._line = source, known, written, line
+    def __init__(self, source: WrittenPrompts, known: Collection[Digest], tally: Tally):
+        self._source, self._known, self._tally = source, known, tally
         self._taken: set[str] = set()
-        self._words: list[list[str]] = []
+        self._likeness = None if source.similarity is None else Likeness(source.similarity)
 
     def fill(self, kind: Kind, author: Author) -> None:
         """Have candidates written until there are enough."""
         before: Sequence[Piece] = ()
-        count, left = self._source.count, _TRIES * self._source.count
+        kept = self._tally.kept
         for number in range(kind.rounds):
-            goal = count * (number + 1) // kind.rounds
-            start = len(self._written.prompts)
-            for candidate in _candidates(kind, author, before) if start < goal else ():
-                if left == 0:
-                    raise self._too_few()
-                left -= 1
-                self._look(candidate)
-                if len(self._written.prompts) >= goal:
-                    break  # before any more are written
-            before = self._written.prompts[0 if kind.remembers else start :] or before
+            goal = self._source.count * (number + 1) // kind.rounds
+            start = len(kept)
 
-    def _look(self, candidate: _Candidate) -> None:
+            def due(tasks: int, start: int = start, goal: int = goal) -> int:
+                """Requests of the next wave: as many as are still needed by what came of the round's before."""
+                got = len(kept) - start
+                needed = math.ceil((goal - len(kept)) * tasks / got) if got else kind.wave
+                return min(kind.wave, max(needed, _LEAST))
+
+            for candidate in _candidates(kind, author, before, due) if start < goal else ():
+                self._tally.refuse_vain()
+                self.look(candidate)
+                if len(kept) >= goal:
+                    break  # before any more are written
+            before = kept[0 if kind.remembers else start :] or before
+
+    def look(self, candidate: _Candidate) -> None:
+        """Keep or drop it."""
         task, text, ended, tokens = candidate
-        written = self._written
-        written.candidates += 1
-        written.tokens += tokens
         words = [word.casefold() for word in _WORD.findall(text)]
         messages = task.make(text)
         if reason := self._why_not(task, ended, words, Prompt.id_of(messages)):
-            written.dropped[reason] += 1
+            self._tally.drop(reason, tokens)
             return
         self._taken.add(" ".join(words))
-        self._words.append(words)
-        written.prompts.append(Piece(messages, task.parents))
-        self._line.advance()
+        if self._likeness is not None:
+            self._likeness.add(words)
+        self._tally.keep(Piece(messages, task.parents), tokens)
 
     def _why_not(self, task: Task, ended: str, words: list[str], name: Digest) -> str | None:
         if ended != "stop":
@@ -112,32 +120,12 @@ class _Keeping:
             return "long"
         if " ".join(words) in self._taken or name in self._known:
             return "duplicate"
-        if self._source.similarity is None:
+        if self._likeness is None or self._source.similarity is None:
             return None
         likened = [[word.casefold() for word in _WORD.findall(text)] for text in task.likened]
         if any(alike(words, other, self._source.similarity) for other in likened):
             return "like what it was made from"
-        if any(alike(words, other, self._source.similarity) for other in self._words):
-            return "like another"
-        return None
-
-    def _too_few(self) -> InputError:
-        written = self._written
-        dropped = ", ".join(f"{reason}: {n}" for reason, n in written.dropped.most_common())
-        found = f"{len(written.prompts)} of {written.candidates} candidates kept ({dropped})"
-        expected = f"count: {self._source.count}, from at most {_TRIES} candidates each"
-        remedy = "raise max_tokens or temperature, give more to start from, loosen the filters, or lower count"
-        problem = Problem(f"prompts: {self._source.kind} by {written.writer.name}", found, expected, remedy)
-        return InputError("the teacher writes too few prompts of use", [problem])
-
-
-def alike(one: list[str], other: list[str], limit: float) -> bool:
-    """Whether two texts are more similar than `limit`: twice their longest common subsequence, over the words of both
-    (the F-measure of ROUGE-L).
-    """
-    from rapidfuzz.distance import Indel  # only where prompts are written
-
-    return Indel.normalized_similarity(one, other, score_cutoff=limit) > limit
+        return "like another" if self._likeness.near(words) else None
 
 
 class _Candidate(NamedTuple):
@@ -149,23 +137,40 @@ class _Candidate(NamedTuple):
     """That were written for it, and for no other candidate."""
 
 
-def _candidates(kind: Kind, author: Author, before: Sequence[Piece]) -> Iterator[_Candidate]:
+def _candidates(kind: Kind, author: Author, before: Sequence[Piece], due: Callable[[int], int]) -> Iterator[_Candidate]:
+    """Candidates in waves: `due` says how large the next one is, after so many requests."""
     number = 0
     while True:
-        tasks = [task for n in range(number, number + kind.wave) if (task := kind.task(before, n)) is not None]
+        wave = due(number)
+        tasks = [task for n in range(number, number + wave) if (task := kind.task(before, n)) is not None]
         if not tasks:
             return
-        for task, said, tokens in _to_the_end(tasks, author):
-            yield from (
-                _listed(task, said) if task.listed else [_Candidate(task, bare(said.text), said.finish_reason, tokens)]
-            )
-        number += kind.wave
+        for task, said, spent in _to_the_end(tasks, author):
+            yield from _candidates_of(task, said, spent)
+        number += wave
 
 
-def _to_the_end(tasks: list[Task], author: Author) -> Iterator[tuple[Task, Parsed, int]]:
-    """Each task with what follows from it: the last one that was asked, its words, and the tokens of all."""
+def _candidates_of(task: Task, said: Parsed, spent: Spent) -> Iterator[_Candidate]:
+    if task.listed:
+        yield from _listed(task, said)
+    else:
+        yield _Candidate(task, bare(said.text), said.finish_reason, spent.completion)
+
+
+def sift(source: WrittenPrompts, tasks: Sequence[Task], author: Author, tally: Tally) -> Iterator[tuple[Spent, int]]:
+    """What each of these tasks took, and how many prompts were kept of it."""
+    keeping = _Keeping(source, (), tally)
+    for task, said, spent in _to_the_end([*tasks], author):
+        before = len(tally.kept)
+        for candidate in _candidates_of(task, said, spent):
+            keeping.look(candidate)
+        yield spent, len(tally.kept) - before
+
+
+def _to_the_end(tasks: list[Task], author: Author) -> Iterator[tuple[Task, Parsed, Spent]]:
+    """Each task with what follows from it: the last one that was asked, its words, and what all of them took."""
     said = author.write(tasks)
-    tokens = [words.completion_tokens for words in said]
+    spent = [Spent(1, words.prompt_tokens, words.completion_tokens) for words in said]
     while True:
         going = [
             (n, then(text))
@@ -173,10 +178,13 @@ def _to_the_end(tasks: list[Task], author: Author) -> Iterator[tuple[Task, Parse
             if (then := tasks[n].then) and words.finish_reason == "stop" and (text := words.text.strip())
         ]
         if not going:
-            return zip(tasks, said, tokens, strict=True)
+            return zip(tasks, said, spent, strict=True)
         for (n, task), words in zip(going, author.write([task for _, task in going]), strict=True):
             tasks[n], said[n] = task, words
-            tokens[n] += words.completion_tokens
+            one = spent[n]
+            spent[n] = Spent(
+                one.requests + 1, one.prompt + words.prompt_tokens, one.completion + words.completion_tokens
+            )
 
 
 def _listed(task: Task, said: Parsed) -> Iterator[_Candidate]:

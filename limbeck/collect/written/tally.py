@@ -1,0 +1,87 @@
+"""What became of the candidates of a source of written prompts, and when there is no use in having more written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+from pydantic import JsonValue
+
+from limbeck.errors import InputError, Problem
+from limbeck.progress import Line
+from limbeck.records import Message, Parent
+
+TRIES = 20
+"""Candidates for each prompt asked for, before giving up. SmolLM2-135M needs 1.4 for prompts of its own."""
+VAIN = 320
+"""Candidates that may be dropped one after the other. Where one in 20 is kept, as few as TRIES allows, any 320 are all
+dropped by a chance of 0.95^320, less than one in ten million."""
+
+
+class Piece(NamedTuple):
+    """Something to start from, or that was written: a seed, a persona, a piece of a document, a prompt."""
+
+    messages: tuple[Message, ...]
+    parents: tuple[Parent, ...]
+
+    @property
+    def text(self) -> str:
+        """What its user says."""
+        return self.messages[-1].content
+
+
+class Tally:
+    """The prompts of one source that were kept, and counts of all candidates. Shows on `line` how it goes."""
+
+    def __init__(self, where: str, count: int, line: Line):
+        self.kept: list[Piece] = []
+        self.candidates = 0
+        self.tokens = 0
+        """Of all candidates."""
+        self.dropped: Counter[str] = Counter()
+        self._where, self._count, self._line, self._in_vain = where, count, line, 0
+
+    def keep(self, piece: Piece, tokens: int) -> None:
+        """One candidate is a prompt."""
+        self.kept.append(piece)
+        self._in_vain = 0
+        self._counted(tokens)
+        self._line.advance()
+
+    def drop(self, reason: str, tokens: int) -> None:
+        """One candidate is not."""
+        self.dropped[reason] += 1
+        self._in_vain += 1
+        self._counted(tokens)
+
+    def _counted(self, tokens: int) -> None:
+        self.candidates += 1
+        self.tokens += tokens
+        self._line.note(f"{len(self.kept) / self.candidates:.0%} of {self.candidates:,} candidates")
+
+    def refuse_vain(self) -> None:
+        """To be asked before another candidate is looked at. Raises `InputError` with what was kept and dropped where
+        there were `TRIES` candidates for each prompt, or none of the last `VAIN` was kept.
+        """
+        if self.candidates < TRIES * self._count and self._in_vain < VAIN:
+            return
+        share = f"{len(self.kept) / self.candidates:.1%}; " if self.candidates else ""
+        dropped = ", ".join(f"{reason}: {n}" for reason, n in self.dropped.most_common())
+        found = f"{len(self.kept)} of {self.candidates} candidates kept ({share}{dropped})"
+        if self._in_vain >= VAIN:
+            found += f", none of the last {self._in_vain}"
+        expected = f"count: {self._count}, from at most {TRIES} candidates each and never {VAIN} in vain"
+        remedy = (
+            "raise max_tokens, change temperature, loosen the filters, give more to start from, lower count, or give "
+            "prompts in a file"
+        )
+        problem = Problem(f"prompts: {self._where}", found, expected, remedy)
+        raise InputError("the teacher writes too few prompts of use", [problem])
+
+    def facts(self) -> dict[str, JsonValue]:
+        """For the ledger."""
+        return {
+            "candidates": self.candidates,
+            "candidate_tokens": self.tokens,
+            "dropped": dict(sorted(self.dropped.items())),
+        }
