@@ -39,7 +39,7 @@ FSDP = Path(__file__).resolve().parents[1] / "recipes" / "accelerate" / "fsdp.ya
 def launched(recipe: Path, out: Path, command: list[str] = LAUNCH) -> subprocess.Popen:
     return subprocess.Popen(
         [*command, "run", str(recipe), "--out", str(out)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
