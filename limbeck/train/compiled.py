@@ -71,7 +71,7 @@ def passes_of(terms: Sequence[Term], head: kernels.Projection, chunk: int, wide:
     form = Form(head.scale, head.softcap, term.temperature)
     signal, factor = term.signal, term.loss.weight / term.temperature
     if isinstance(signal, TextSignal | SampledSignal):
-        made = _against_entries(term, signal, form, wide, grad=grad)
+        made = _against_entries(term, signal, form, chunk, wide, grad=grad)
     elif isinstance(signal, TopKSignal):
         if signal.ids_NK.shape[1] == signal.vocab_size:
             return None
@@ -86,7 +86,7 @@ def passes_of(terms: Sequence[Term], head: kernels.Projection, chunk: int, wide:
 
 
 def _against_entries(
-    term: Term, signal: TextSignal | SampledSignal, form: Form, wide: torch.dtype, *, grad: bool
+    term: Term, signal: TextSignal | SampledSignal, form: Form, chunk: int, wide: torch.dtype, *, grad: bool
 ) -> Passes:
     """The gradient is q times the entries' mass, but at the entries themselves. Those are few: they are computed apart
     from the logits as they were, so that the gradient there, a small difference of two large numbers, is rounded once.
@@ -100,15 +100,12 @@ def _against_entries(
     mass_N = torch.zeros(n, dtype=wide, device=at_E.device).index_add_(0, rows_E, weights_E)
     known = isinstance(signal, SampledSignal) and term.loss.name == "forward_kl"
     known_N = signal.entropy_N.to(wide) if known and isinstance(signal, SampledSignal) else None
-    starts: dict[int, int] = {}
-
-    def start(row: int) -> int:
-        if row not in starts:
-            starts[row] = int(torch.searchsorted(at_E, torch.tensor(row * vocab, device=at_E.device)))
-        return starts[row]
+    bounds = [*range(0, n, chunk), n]
+    ends = torch.searchsorted(at_E, torch.tensor(bounds, device=at_E.device) * vocab).tolist()
+    start = dict(zip(bounds, ends, strict=True))  # asked for at once: each answer waits for the device
 
     def passes(y_CV: Tensor, rows: slice, scale_C: Tensor) -> Tensor:
-        part = slice(start(rows.start), start(rows.stop))
+        part = slice(start[rows.start], start[rows.stop])
         here_E, row_E, weight_E = at_E[part] - rows.start * vocab, rows_E[part] - rows.start, weights_E[part]
         z_E = _finish(y_CV.view(-1)[here_E].to(wide), form)
         log_z_C = _compiled(_normaliser)(_rows(y_CV), form)
