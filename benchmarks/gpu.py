@@ -27,9 +27,9 @@ import torch
 from bench import say_machine, table, write_report
 from torch import Tensor
 
+from limbeck.models import compiling
 from limbeck.signal.sampling import threshold_sample, topk_signal
 from limbeck.signal.types import HiddenSignal
-from limbeck.train import compiled
 from limbeck.train.fused import fused_loss
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "liger-kernel", "trl", "flash-attn")
@@ -70,7 +70,7 @@ def machine(device: str) -> dict[str, str]:
             "card": f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {card.multi_processor_count} units"
         } | words
         words["driver's CUDA"] = str(torch.version.cuda)
-        words["compiled kernels"] = compiled.missing() or "used"
+        words["compiled kernels"] = compiling.missing() or "used"
     return words
 
 

@@ -270,11 +270,11 @@ def cases(bench: Bench) -> list[tuple[str, bool, Callable[[], dict[str, object]]
     return [
         ("limbeck, live teacher", True, live),
         ("limbeck, live teacher, packed, sdpa", True, lambda: live(packed=True)),
-        ("limbeck, live teacher, packed, flex_attention", True, lambda: live(packed=True, attention="flex_attention")),
         ("limbeck, stored samples", False, stored),
         ("limbeck, cross-entropy", False, lambda: bench.ours(Text(bench.vocabulary), "cross_entropy")),
         ("TRL GKDTrainer, lmbda 0, beta 0", True, lambda: bench.trl(liger=False)),
         ("TRL GKDTrainer, use_liger_kernel", True, lambda: bench.trl(liger=True)),
+        ("limbeck, live teacher, packed, flex_attention", True, lambda: live(packed=True, attention="flex_attention")),
     ]
 
 
@@ -302,6 +302,7 @@ def steps(options: argparse.Namespace, peak: float) -> str:
         loss = cast("list[float]", found["losses"])[0]
         rate = f"{found['tokens_per_second']:,.0f}"
         rows.append([name, rate, f"{step * 1e3:,.0f}", f"{memory:.1f}", f"{share:.2f}", f"{loss:.4f}"])
+        print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
     said = table(["training step", "tokens/s", "ms a step", "peak GiB", "share of the peak", "first loss"], rows)
     if bench.annotating:
         said += f"\n\nAnnotating by the teacher: {bench.annotating:,.0f} tokens/s."

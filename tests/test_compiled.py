@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_fused import PAIRS, N, V, assert_same, make_signal, make_student, normal, run
 
+from limbeck.models import compiling
 from limbeck.signal import DenseSignal, SampledSignal
 from limbeck.train import compiled
 from limbeck.train.fused import position_losses
@@ -20,8 +21,8 @@ from limbeck.train.pairing import signal_loss
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The passes as they are written, on any device, not compiled."""
-    monkeypatch.setattr(compiled, "usable", lambda _device: True)
-    monkeypatch.setattr(compiled, "_compiled", lambda function: function)
+    monkeypatch.setattr(compiling, "usable", lambda _device: True)
+    monkeypatch.setattr(compiled, "compiled", lambda function: function)
 
 
 @pytest.mark.usefixtures("passes")
@@ -73,12 +74,12 @@ def test_without_a_gradient_the_value_is_the_same(kind: str) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_as_on_a_gpu_it_is_the_same(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(compiled, "usable", lambda _device: True)
-    compiled._compiled.cache_clear()
-    with caplog.at_level(logging.WARNING, logger=compiled.__name__):
+    monkeypatch.setattr(compiling, "usable", lambda _device: True)
+    compiling.compiled.cache_clear()
+    with caplog.at_level(logging.WARNING, logger=compiling.__name__):
         assert_same(make_student(softcap=3.0), make_signal("hidden"), "forward_kl", chunk=3)
-    compiled._compiled.cache_clear()
-    assert compiled.__name__ not in {r.name for r in caplog.records}  # or the eager form had stood in
+    compiling.compiled.cache_clear()
+    assert compiling.__name__ not in {r.name for r in caplog.records}  # or the eager form had stood in
 
 
 def test_where_compiling_fails_the_eager_form_goes_on_with_one_warning(
@@ -90,13 +91,13 @@ def test_where_compiling_fails_the_eager_form_goes_on_with_one_warning(
 
         return call
 
-    monkeypatch.setattr(compiled, "usable", lambda _device: True)
+    monkeypatch.setattr(compiling, "usable", lambda _device: True)
     monkeypatch.setattr(torch, "compile", refuses)
-    compiled._compiled.cache_clear()
-    with caplog.at_level(logging.WARNING, logger=compiled.__name__):
+    compiling.compiled.cache_clear()
+    with caplog.at_level(logging.WARNING, logger=compiling.__name__):
         assert_same(make_student(), make_signal("dense"), "reverse_kl", chunk=3)
         run(make_student(), make_signal("dense"), "reverse_kl")
-    compiled._compiled.cache_clear()
+    compiling.compiled.cache_clear()
     assert [("no such processor" in r.getMessage(), "LIMBECK_COMPILE=0" in r.getMessage()) for r in caplog.records] == [
         (True, True)
     ]
@@ -104,8 +105,8 @@ def test_where_compiling_fails_the_eager_form_goes_on_with_one_warning(
 
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIMBECK_COMPILE", "0")
-    compiled.missing.cache_clear()
-    assert "LIMBECK_COMPILE=0" in str(compiled.missing())
-    assert not compiled.usable(torch.device("cuda"))
+    compiling._found.cache_clear()
+    assert "LIMBECK_COMPILE=0" in str(compiling.missing())
+    assert not compiling.usable(torch.device("cuda"))
     monkeypatch.delenv("LIMBECK_COMPILE")
-    assert not compiled.usable(torch.device("cpu"))
+    assert not compiling.usable(torch.device("cpu"))

@@ -27,6 +27,7 @@ from torch import Tensor
 import limbeck
 from limbeck.generate import Sampling, sample_batch
 from limbeck.ledger import verify
+from limbeck.models import compiling
 from limbeck.rundir import RunDir
 from limbeck.signal import DenseSignal, from_logits, threshold_sample, topk_signal
 from limbeck.train import compiled
@@ -41,12 +42,12 @@ pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available
 @pytest.fixture(params=["eager", "passes", "compiled"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The eager kernels, the passes as they are written, and the passes compiled."""
-    monkeypatch.setattr(compiled, "usable", lambda _device: request.param != "eager")
+    monkeypatch.setattr(compiling, "usable", lambda _device: request.param != "eager")
     if request.param == "passes":
-        monkeypatch.setattr(compiled, "_compiled", lambda function: function)
+        monkeypatch.setattr(compiled, "compiled", lambda function: function)
     yield request.param
     if request.param == "compiled":
-        compiled._compiled.cache_clear()
+        compiling.compiled.cache_clear()
         torch.compiler.reset()
 
 
@@ -109,9 +110,9 @@ def test_bfloat16_inputs_are_worked_on_in_float32(name: str, kind: str, form: st
     half = make_student(n=n, v=v, dtype=torch.bfloat16)
     exact, logits = rounded_once(half)
     signal, far = make_signal(kind, n=n, v=v), there(half)
-    with caplog.at_level(logging.WARNING, logger=compiled.__name__):
+    with caplog.at_level(logging.WARNING, logger=compiling.__name__):
         found = fused_loss(far.hidden, far.weight, signal.to(DEVICE), loss=name, chunk=7, allow_biased=True)
-    assert compiled.__name__ not in {r.name for r in caplog.records}, form  # or the eager form had stood in
+    assert compiling.__name__ not in {r.name for r in caplog.records}, form  # or the eager form had stood in
     expected = signal_loss(logits, signal, loss=name, allow_biased=True).sum()
     assert found.dtype == torch.float32
     # A logit half-way between two numbers of bfloat16 may be rounded to either by another order of summation.

@@ -5,33 +5,22 @@ Compiled, the logits are read in the type of the products, everything up to the 
 float32 (float64 for float64), and the gradient is written over them: six bytes a logit in bfloat16 against entries,
 ten against a teacher's logits. The formulas are those of `kernels`; the tests hold the two to each other.
 
-Used where `usable` says so and the loss is one term; a weighted sum of several goes through `kernels`. Nothing needs
-it: LIMBECK_COMPILE=0 turns it off, and where compiling fails the eager kernels go on, with one warning.
+Used where `models.compiling` says so and the loss is one term; a weighted sum of several goes through `kernels`.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from limbeck.models.compiling import any_rows, compiled
 from limbeck.signal.types import DenseSignal, HiddenSignal, SampledSignal, TextSignal, TopKSignal
 from limbeck.train import kernels
 from limbeck.train.losses import Loss
 from limbeck.train.pairing import Term
-
-SWITCH = "LIMBECK_COMPILE"
-"""Environment variable: 0 keeps to the eager kernels."""
-
-_log = logging.getLogger(__name__)
 
 Passes = Callable[[Tensor, slice, Tensor], Tensor]
 """From a chunk's projections `y_CV`, which rows they are, and the factor `scale_C` of each row's gradient: nats a row.
@@ -44,23 +33,6 @@ class Form(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
-
-
-@cache
-def missing() -> str | None:
-    """What keeps kernels from being compiled on this machine's GPU; None if nothing does."""
-    if os.environ.get(SWITCH, "1") == "0":
-        return f"switched off by {SWITCH}=0"
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "no C compiler, which triton needs"
-    return None
-
-
-def usable(device: torch.device) -> bool:
-    """Whether logits on `device` are worked on by compiled kernels."""
-    return device.type == "cuda" and missing() is None
 
 
 def passes_of(terms: Sequence[Term], head: kernels.Projection, chunk: int, wide: torch.dtype, *, grad: bool):
@@ -108,12 +80,12 @@ def _against_entries(
         part = slice(start[rows.start], start[rows.stop])
         here_E, row_E, weight_E = at_E[part] - rows.start * vocab, rows_E[part] - rows.start, weights_E[part]
         z_E = _finish(y_CV.view(-1)[here_E].to(wide), form)
-        log_z_C = _compiled(_normaliser)(_rows(y_CV), form)
+        log_z_C = compiled(_normaliser)(any_rows(y_CV), form)
         log_q_E = z_E / form.temperature - log_z_C[row_E]
         nats_C = torch.zeros_like(log_z_C).index_add_(0, row_E, -weight_E * log_q_E)
         if grad:
             mass_C = mass_N[rows] * scale_C
-            _compiled(_spread_)(_rows(y_CV), log_z_C, mass_C, form)
+            compiled(_spread_)(any_rows(y_CV), log_z_C, mass_C, form)
             grad_E = log_q_E.exp() * mass_C[row_E] - weight_E * scale_C[row_E]
             y_CV.view(-1)[here_E] = _back(grad_E, z_E, form).to(y_CV.dtype)
         return nats_C if known_N is None else nats_C - known_N[rows]
@@ -129,12 +101,12 @@ def _against_top_k(loss: Loss, signal: TopKSignal, form: Form, wide: torch.dtype
         ids_CK = part.ids_NK.long()
         z_CK = _finish(y_CV.gather(1, ids_CK).to(wide), form)
         y_CV.scatter_(1, ids_CK, -torch.inf)
-        rest_C = _compiled(_normaliser)(_rows(y_CV), form)
+        rest_C = compiled(_normaliser)(any_rows(y_CV), form)
         coarse = torch.cat([z_CK / form.temperature, rest_C[:, None]], dim=1)
         teacher = torch.cat([part.log_probs_NK, part.tail_mass_N.log()[:, None]], dim=1).to(wide)
         nats_C, grad_CK = kernels.dense(loss, coarse, teacher, scale_C, kernels.Scratch(len(y_CV), wide, y_CV.device))
         if grad:
-            _compiled(_spread_)(_rows(y_CV), rest_C, grad_CK[:, -1].contiguous(), form)
+            compiled(_spread_)(any_rows(y_CV), rest_C, grad_CK[:, -1].contiguous(), form)
             y_CV.scatter_(1, ids_CK, _back(grad_CK[:, :-1], z_CK, form).to(y_CV.dtype))
         return nats_C
 
@@ -153,7 +125,7 @@ def _against_teacher(term: Term, signal: HiddenSignal | DenseSignal, form: Form,
         logits_of = lambda rows: head.project(signal.hidden_ND[rows].to(head.weight_VD.dtype), buffer_CV)  # noqa: E731
 
     def passes(y_CV: Tensor, rows: slice, scale_C: Tensor) -> Tensor:
-        return _compiled(_compare_)(_rows(y_CV), _rows(logits_of(rows)), scale_C, name, share, form, teacher, grad)
+        return compiled(_compare_)(any_rows(y_CV), any_rows(logits_of(rows)), scale_C, name, share, form, teacher, grad)
 
     return passes
 
@@ -254,33 +226,3 @@ def _mean(probs_CV: Tensor, values_CV: Tensor) -> Tensor:
 
 def _through_softmax(slope_CV: Tensor, q_CV: Tensor) -> Tensor:
     return torch.where(q_CV == 0, 0.0, (slope_CV - _mean(q_CV, slope_CV)[:, None]) * q_CV)
-
-
-def _rows(y_CV: Tensor) -> Tensor:
-    """The same tensor; how many rows it has is not compiled in, since chunks differ in it."""
-    torch._dynamo.maybe_mark_dynamic(y_CV, 0)
-    return y_CV
-
-
-@cache
-def _compiled(function: Callable) -> Callable:
-    """The function compiled at its first call for each form; itself from where compiling fails."""
-    fast = torch.compile(function, fullgraph=True)
-    failed = False
-
-    def call(*args):
-        nonlocal failed
-        if not failed:
-            try:
-                with warnings.catch_warnings():  # what the compiler says of itself is nothing that a user can act on
-                    warnings.simplefilter("ignore")
-                    return fast(*args)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                failed = True
-                said = " ".join(str(error).split())[:300]
-                _log.warning(
-                    "torch.compile failed, so the loss is computed without it (%s=0 does not try): %s", SWITCH, said
-                )
-        return function(*args)
-
-    return call

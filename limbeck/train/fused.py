@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from limbeck.errors import InputError, Problem
-from limbeck.signal.types import Signal
+from limbeck.models import compiling
+from limbeck.signal.types import HiddenSignal, Signal
 from limbeck.train import compiled, kernels
 from limbeck.train.losses import LossSpec
 from limbeck.train.pairing import Term, pair
@@ -40,8 +41,9 @@ _BLOCK_NUMBERS = 1 << 20
 _HEAD_SLICE = 4096
 """Rows of the head at a time, where a product is widened to be added, or a sum is scaled and narrowed."""
 _GPU_CHUNK = 1024
-"""Positions that have logits at a time on a GPU, or as many as the hidden states are wide, if that is more: the logits
-then take no more memory than the head, whose gradient has to be written in its type in the end anyhow."""
+"""Least positions that have logits at a time on a GPU. Otherwise three quarters of the width of the hidden states, or
+half of it where a live teacher's logits stand beside: with the head's gradient in float32 they then take no more memory
+than that gradient takes with its copy in bfloat16, which a head in bfloat16 has in the end."""
 _GPU_CHUNK_BYTES = 1 << 30
 _GPU_BLOCK_NUMBERS = 1 << 25
 """Numbers in a block of the eager passes on a GPU: 128 MiB in float32, of which up to six are held."""
@@ -68,7 +70,7 @@ def fused_loss(
     without the tanh where `softcap` is None. A head wider than the signal's vocabulary is cut to it.
     `weights` [N] multiply the positions; one of weight 0 is left out altogether, whatever its numbers are.
     `chunk` is how many positions have logits at a time; by default as many as fill 64 MiB, and at least
-    256, and on a GPU 1,024 or D. Several signals and a weighted sum of losses share one pass.
+    256; on a GPU at least 1,024. Several signals and a weighted sum of losses share one pass.
 
     Equal in value and gradient to the sum of `weights` times `pairing.signal_loss`. Without positions it is
     0, and the gradient is 0. Gradients come in the types of the inputs, for those inputs that ask for one.
@@ -126,9 +128,10 @@ class _Job:
     def chunk_of(self, hidden: Tensor) -> int:
         """Positions with logits at a time: as asked for, or the default, evened out and in whole granules."""
         n, row = len(hidden), self.vocab * self.dtype.itemsize
-        default = (
-            min(max(_GPU_CHUNK, hidden.shape[1]), _GPU_CHUNK_BYTES // row) if hidden.is_cuda else _CHUNK_BYTES // row
-        )
+        default = _CHUNK_BYTES // row
+        if hidden.is_cuda:
+            live = any(isinstance(term.signal, HiddenSignal) for term in self.terms)
+            default = min(max(_GPU_CHUNK, hidden.shape[1] * (2 if live else 3) // 4), _GPU_CHUNK_BYTES // row)
         most = self.chunk or max(_LEAST_CHUNK, default)
         if self.chunk is not None or n == 0:
             return max(1, min(most, n))
@@ -205,7 +208,7 @@ def _run(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job, want: S
         block = min(chunk, max(1, numbers // job.vocab))
         scratch = kernels.Scratch(block, wide, hidden.device)
         passes = None
-        if compiled.usable(hidden.device):
+        if compiling.usable(hidden.device):
             passes = compiled.passes_of(job.terms, head, chunk, wide, grad=any(want))
         compare = kernels.comparisons(job.terms, chunk, wide) if passes is None else []
         scale_N = torch.full((n,), head.scale, dtype=wide, device=hidden.device)
