@@ -155,13 +155,14 @@ def ours(teacher: Teacher, sizes: Sizes) -> Iterator[tuple[str, Case]]:
     sampled = sampled.index_select(torch.arange(n, device=device) % len(some))
     likely = topk_signal(some, min(50, v // 4)).index_select(torch.arange(n, device=device) % len(some))
     live = HiddenSignal(teacher.hidden_ND, teacher.weight_VD, v)
+    each_N = torch.full((n,), 1 / n, device=device)  # as the trainer divides
     del some
     signals = {"a threshold sample": sampled, "the live teacher": live, "the teacher's top 50": likely}
     for name, signal in signals.items():
         yield (
             f"limbeck, forward KL to {name}",
-            lambda hidden, weight, signal=signal: (
-                fused_loss(hidden, weight, signal, loss="forward_kl", allow_biased=True) / n
+            lambda hidden, weight, signal=signal: fused_loss(
+                hidden, weight, signal, loss="forward_kl", weights=each_N, allow_biased=True
             ),
         )
 
@@ -216,9 +217,13 @@ def losses(device: str, all_sizes: tuple[Sizes, ...], only: str, rounds: int) ->
     for sizes in all_sizes:
         teacher = teacher_of(device, sizes)
         text = TextSignal(teacher.targets_N, sizes.vocabulary)
+        each_N = torch.full((sizes.positions,), 1 / sizes.positions, device=device)
         cases = [
             *ours(teacher, sizes),
-            ("limbeck, cross-entropy", lambda h, w, s=text: fused_loss(h, w, s, loss="cross_entropy") / len(s)),
+            (
+                "limbeck, cross-entropy",
+                lambda h, w, s=text, e=each_N: fused_loss(h, w, s, loss="cross_entropy", weights=e),
+            ),
             *liger(teacher, sizes),
             *plain(teacher, sizes),
         ]

@@ -34,6 +34,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from limbeck.models.attention import steady_attention
 from limbeck.records import Example, Split
 from limbeck.render.batches import Batch
 from limbeck.render.examples import make_example
@@ -187,8 +188,13 @@ class Bench:
             trainer.train()
         return figures(clock, self.counts(), trainer.state.log_history, WARM) | {"model": shape_of(model)}
 
-    def trl(self, *, liger: bool) -> dict[str, object]:
-        """TRL's GKDTrainer on the same batches in the same order."""
+    def trl(self, *, liger: bool, cudnn: bool = True) -> dict[str, object]:
+        """TRL's GKDTrainer on the same batches in the same order; torch left as it comes, or without cuDNN's attention,
+        which limbeck turns off while it trains.
+        """
+        if not cudnn:
+            with steady_attention():
+                return self.trl(liger=liger)
         sys.path.insert(0, str(HERE / "peers"))
         from datasets import Dataset
         from torch.utils.data import SequentialSampler
@@ -274,6 +280,8 @@ def cases(bench: Bench) -> list[tuple[str, bool, Callable[[], dict[str, object]]
         ("limbeck, cross-entropy", False, lambda: bench.ours(Text(bench.vocabulary), "cross_entropy")),
         ("TRL GKDTrainer, lmbda 0, beta 0", True, lambda: bench.trl(liger=False)),
         ("TRL GKDTrainer, use_liger_kernel", True, lambda: bench.trl(liger=True)),
+        ("TRL GKDTrainer, cuDNN's attention off", True, lambda: bench.trl(liger=False, cudnn=False)),
+        ("TRL GKDTrainer, both", True, lambda: bench.trl(liger=True, cudnn=False)),
         ("limbeck, live teacher, packed, flex_attention", True, lambda: live(packed=True, attention="flex_attention")),
     ]
 
@@ -302,7 +310,7 @@ def steps(options: argparse.Namespace, peak: float) -> str:
         loss = cast("list[float]", found["losses"])[0]
         rate = f"{found['tokens_per_second']:,.0f}"
         rows.append([name, rate, f"{step * 1e3:,.0f}", f"{memory:.1f}", f"{share:.2f}", f"{loss:.4f}"])
-        print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
+        print(*rows[-1], [round(x, 3) for x in cast("list[float]", found["step_seconds"])], sep=" | ", file=sys.stderr)
     said = table(["training step", "tokens/s", "ms a step", "peak GiB", "share of the peak", "first loss"], rows)
     if bench.annotating:
         said += f"\n\nAnnotating by the teacher: {bench.annotating:,.0f} tokens/s."

@@ -27,9 +27,9 @@ from torch import Tensor
 import limbeck
 from limbeck.generate import Sampling, sample_batch
 from limbeck.ledger import verify
-from limbeck.models import compiling
+from limbeck.models import compiling, stream
 from limbeck.rundir import RunDir
-from limbeck.signal import DenseSignal, from_logits, threshold_sample, topk_signal
+from limbeck.signal import DenseSignal, TopKSignal, from_logits, threshold_sample, topk_signal
 from limbeck.train import compiled
 from limbeck.train.fused import fused_loss, position_losses
 from limbeck.train.losses import Loss
@@ -77,9 +77,11 @@ def assert_same_there(student: Student, signal, loss, temperature: float = 1.0, 
         allow_biased=True,
         **far.options(),
     )
-    torch.testing.assert_close(found.cpu(), expected, rtol=1e-10, atol=1e-10)
+    # A top-k signal is in float32, and a GPU rounds the logarithm of its tail otherwise.
+    near = 1e-6 if isinstance(signal, TopKSignal) else 1e-10
+    torch.testing.assert_close(found.cpu(), expected, rtol=near, atol=near)
     for ours, theirs in zip(gradients(found * 1.7, far), gradients(expected * 1.7, student), strict=True):
-        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=near, atol=near)
 
 
 @pytest.mark.parametrize("form", ["eager", "passes"], indirect=True)
@@ -205,6 +207,7 @@ HIDDEN = {"signal": {"kind": "hidden"}}
 RUNS = {
     "sampled, float32, padded": {"train": {"layout": "padded"}},
     "sampled, bf16, packed": {"train": {"precision": "bf16", "layout": "packed"}},
+    "sampled, bf16, compiled": {"train": {"precision": "bf16"}},
     "top-k, bf16, two pieces": {
         "signal": {"kind": "top_k", "k": 8},
         "train": {"precision": "bf16", "accumulate": 2, "allow_biased": True},
@@ -233,7 +236,10 @@ def made(teacher: Path, place: Path, changes: dict) -> RunDir:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_whole_run(teacher_dir: Path, tmp_path: Path, name: str) -> None:
+def test_a_whole_run(teacher_dir: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name.endswith("compiled"):
+        monkeypatch.setattr(compiling, "usable", lambda device: device.type == DEVICE)
+        monkeypatch.setattr(stream, "usable", lambda device: device.type == DEVICE)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     run = made(teacher_dir, tmp_path, RUNS[name])

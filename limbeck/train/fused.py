@@ -41,9 +41,9 @@ _BLOCK_NUMBERS = 1 << 20
 _HEAD_SLICE = 4096
 """Rows of the head at a time, where a product is widened to be added, or a sum is scaled and narrowed."""
 _GPU_CHUNK = 1024
-"""Least positions that have logits at a time on a GPU. Otherwise three quarters of the width of the hidden states, or
-half of it where a live teacher's logits stand beside: with the head's gradient in float32 they then take no more memory
-than that gradient takes with its copy in bfloat16, which a head in bfloat16 has in the end."""
+"""Least positions that have logits at a time on a GPU. Otherwise as many as the hidden states are wide, or half of that
+where a live teacher's logits stand beside: with the head's gradient in float32 they then take about as much memory as
+that gradient takes with its copy in bfloat16, which a head in bfloat16 has in the end."""
 _GPU_CHUNK_BYTES = 1 << 30
 _GPU_BLOCK_NUMBERS = 1 << 25
 """Numbers in a block of the eager passes on a GPU: 128 MiB in float32, of which up to six are held."""
@@ -131,7 +131,7 @@ class _Job:
         default = _CHUNK_BYTES // row
         if hidden.is_cuda:
             live = any(isinstance(term.signal, HiddenSignal) for term in self.terms)
-            default = min(max(_GPU_CHUNK, hidden.shape[1] * (2 if live else 3) // 4), _GPU_CHUNK_BYTES // row)
+            default = min(max(_GPU_CHUNK, hidden.shape[1] // (2 if live else 1)), _GPU_CHUNK_BYTES // row)
         most = self.chunk or max(_LEAST_CHUNK, default)
         if self.chunk is not None or n == 0:
             return max(1, min(most, n))
