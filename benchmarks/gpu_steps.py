@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import statistics
 import sys
 import tempfile
 import time
@@ -302,16 +303,22 @@ def steps(options: argparse.Namespace, peak: float) -> str:
             found = run()
         except (RuntimeError, TypeError, ValueError, ImportError, AttributeError) as error:
             print(f"{name}: {type(error).__name__}: {str(error)[:600]}", file=sys.stderr, flush=True)
-            rows.append([name, f"failed: {type(error).__name__}", "", "", "", ""])
+            rows.append([name, f"failed: {type(error).__name__}", "", "", "", "", ""])
             continue
         memory = torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else float("nan")
         share = bench.flops(found, live=live) / cast("float", found["seconds"]) / peak
         step = cast("float", found["seconds"]) / cast("int", found["steps_timed"])
         loss = cast("list[float]", found["losses"])[0]
         rate = f"{found['tokens_per_second']:,.0f}"
-        rows.append([name, rate, f"{step * 1e3:,.0f}", f"{memory:.1f}", f"{share:.2f}", f"{loss:.4f}"])
-        print(*rows[-1], [round(x, 3) for x in cast("list[float]", found["step_seconds"])], sep=" | ", file=sys.stderr)
-    said = table(["training step", "tokens/s", "ms a step", "peak GiB", "share of the peak", "first loss"], rows)
+        seconds = cast("list[float]", found["step_seconds"])
+        middle = statistics.median(seconds[-cast("int", found["steps_timed"]) :])
+        rows.append(
+            [name, rate, f"{step * 1e3:,.0f}", f"{middle * 1e3:,.0f}", f"{memory:.1f}", f"{share:.2f}", f"{loss:.4f}"]
+        )
+        print(*rows[-1], [round(x, 3) for x in seconds], sep=" | ", file=sys.stderr)
+    said = table(
+        ["training step", "tokens/s", "ms a step", "median", "peak GiB", "share of the peak", "first loss"], rows
+    )
     if bench.annotating:
         said += f"\n\nAnnotating by the teacher: {bench.annotating:,.0f} tokens/s."
     return said

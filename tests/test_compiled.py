@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_fused import PAIRS, N, V, assert_same, make_signal, make_student, normal, run
 
+from limbeck import doctor
 from limbeck.models import compiling
 from limbeck.signal import DenseSignal, SampledSignal
 from limbeck.train import compiled
@@ -110,3 +111,20 @@ def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not compiling.usable(torch.device("cuda"))
     monkeypatch.delenv("LIMBECK_COMPILE")
     assert not compiling.usable(torch.device("cpu"))
+
+
+def test_the_doctor_says_what_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from limbeck.models import processor
+
+    found = processor.Processor("cuda", "some GPU", 8, bf16=True, instructions=())
+    monkeypatch.setattr(processor, "processor", lambda: found)
+    monkeypatch.setenv("LIMBECK_COMPILE", "0")
+    said = {finding.name: finding for finding in doctor.examine()}
+    assert "switched off by LIMBECK_COMPILE=0" in said["loss and norms"].value
+    assert said["loss and norms"].remedy == ""
+    assert "padded" in said["attention"].value
+    monkeypatch.delenv("LIMBECK_COMPILE")
+    monkeypatch.setattr(compiling, "find_spec", lambda _name: None)
+    lacking = next(finding for finding in doctor.examine() if finding.name == "loss and norms")
+    assert "triton" in lacking.value
+    assert "triton" in lacking.remedy
