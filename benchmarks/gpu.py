@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -187,22 +188,20 @@ def liger(teacher: Teacher, _sizes: Sizes) -> Iterator[tuple[str, Case]]:
     """Liger's fused losses, those that are installed. beta = 0 is the forward KL."""
     if find_spec("liger_kernel") is None or find_spec("triton") is None:
         return
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearJSD
-
+    chunks, theirs = import_module("liger_kernel.chunked_loss"), import_module("liger_kernel.transformers")
     for accum in (None, torch.float32):
         note = ", sums in float32" if accum else ""
-        jsd = LigerFusedLinearJSD(jsd_beta=0.0, accum_dtype=accum)
+        jsd = theirs.LigerFusedLinearJSD(jsd_beta=0.0, accum_dtype=accum)
         yield (
             f"Liger LigerFusedLinearJSD{note}, forward KL to the live teacher",
             lambda h, w, jsd=jsd: jsd(h, w, teacher.hidden_ND, teacher.weight_VD, None),
         )
-        entropy = LigerFusedLinearCrossEntropyLoss(accum_dtype=accum)
+        entropy = theirs.LigerFusedLinearCrossEntropyLoss(accum_dtype=accum)
         yield (
             f"Liger LigerFusedLinearCrossEntropyLoss{note}",
             lambda h, w, entropy=entropy: entropy(w, h, teacher.targets_N),
         )
-    chunked = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
+    chunked = chunks.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
     yield (
         "Liger LigerFusedLinearJSDLoss, forward KL to the live teacher",
         lambda h, w: chunked(h, w, teacher.hidden_ND, teacher.weight_VD, teacher.targets_N),

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, cast
 
 import numpy as np
@@ -64,7 +65,9 @@ def config(side: str, *, small: bool) -> LlamaConfig:
         else:
             sizes |= {"hidden_size": 3072, "num_hidden_layers": 28}
             heads = {"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128}
-    return LlamaConfig(**sizes, **heads, tie_word_embeddings=True, max_position_embeddings=4096, use_cache=False)
+    return LlamaConfig(
+        **cast("dict[str, Any]", sizes | heads), tie_word_embeddings=True, max_position_embeddings=4096, use_cache=False
+    )
 
 
 def model_of(side: str, device: str, *, small: bool) -> PreTrainedModel:
@@ -199,9 +202,10 @@ class Bench:
         sys.path.insert(0, str(HERE / "peers"))
         from datasets import Dataset
         from torch.utils.data import SequentialSampler
-        from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-        class InOrder(GKDTrainer):
+        theirs = import_module("trl.experimental.gkd")
+
+        class InOrder(theirs.GKDTrainer):
             def _get_train_sampler(self, dataset=None):
                 return SequentialSampler(dataset if dataset is not None else self.train_dataset)
 
@@ -214,7 +218,9 @@ class Bench:
             trainer = InOrder(
                 model=model,
                 teacher_model=self.teacher,
-                args=GKDConfig(**told, lmbda=0.0, beta=0.0, temperature=1.0, max_length=4096, use_liger_kernel=liger),
+                args=theirs.GKDConfig(
+                    **told, lmbda=0.0, beta=0.0, temperature=1.0, max_length=4096, use_liger_kernel=liger
+                ),
                 train_dataset=Dataset.from_list(rows),
                 data_collator=lambda rows: collated([ordered[row["number"]] for row in rows]),
                 processing_class=words(),
@@ -258,9 +264,7 @@ def collated(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
 def words() -> Any:
     """A tokenizer, which TRL asks for; nothing is tokenized."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import tiny
-
-    return tiny.tokenizer(pad="<|endoftext|>")
+    return import_module("tiny").tokenizer(pad="<|endoftext|>")
 
 
 def cases(bench: Bench) -> list[tuple[str, bool, Callable[[], dict[str, object]]]]:

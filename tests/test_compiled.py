@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from test_fused import PAIRS, N, V, assert_same, make_signal, make_student, normal, run
 
 from limbeck import doctor
-from limbeck.models import compiling
+from limbeck.models import Processor, compiling
 from limbeck.signal import DenseSignal, SampledSignal
 from limbeck.train import compiled
 from limbeck.train.fused import position_losses
@@ -114,10 +115,8 @@ def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_doctor_says_what_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from limbeck.models import processor
-
-    found = processor.Processor("cuda", "some GPU", 8, bf16=True, instructions=())
-    monkeypatch.setattr(processor, "processor", lambda: found)
+    found = Processor("cuda", "some GPU", 8, bf16=True, instructions=())
+    monkeypatch.setattr(sys.modules[Processor.__module__], "processor", lambda: found)
     monkeypatch.setenv("LIMBECK_COMPILE", "0")
     said = {finding.name: finding for finding in doctor.examine()}
     assert "switched off by LIMBECK_COMPILE=0" in said["loss and norms"].value

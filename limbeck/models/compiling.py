@@ -51,6 +51,7 @@ def usable(device: torch.device) -> bool:
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, compiled at its first call for each type, width and flag; itself from where compiling fails."""
     import torch
+    from torch._dynamo.exc import TorchDynamoException
 
     fast = torch.compile(function, fullgraph=True)
     failed = False
@@ -62,7 +63,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
                 with warnings.catch_warnings():  # what the compiler says of itself is nothing that a user can act on
                     warnings.simplefilter("ignore")
                     return fast(*args)
-            except torch._dynamo.exc.TorchDynamoException as error:
+            except TorchDynamoException as error:
                 failed = True
                 said = " ".join(str(error).split())[:300]
                 _log.warning("torch.compile failed and is done without (%s=0 does not try): %s", SWITCH, said)

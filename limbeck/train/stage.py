@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import JsonValue
@@ -244,7 +244,7 @@ def arguments(recipe: Recipe, directory: Path, steps: int, dtype: torch.dtype) -
         report_to="none",
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
-        **{_CHECKPOINTING: settings.activation_checkpointing},
+        **cast("dict[str, Any]", {_CHECKPOINTING: settings.activation_checkpointing}),
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
