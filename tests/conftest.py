@@ -12,6 +12,7 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: a second thread costs more than it brings
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["LIMBECK_COMPILE"] = "0"  # tiny models: compiling takes longer than it brings; its own tests ask for it
 if "LIMBECK_TEST_HOME" not in os.environ:  # processes that a test starts share it
     _keys = tempfile.TemporaryDirectory(prefix="limbeck-keys-")
     os.environ["LIMBECK_TEST_HOME"] = _keys.name

@@ -9,6 +9,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
+from limbeck.models import stream
 from limbeck.models.stream import _RootMeanSquare, narrow_stream, rms_epsilon
 
 TOKENS_BT = torch.randint(3, 60, (4, 17), generator=torch.Generator().manual_seed(3))
@@ -37,6 +38,23 @@ def test_the_norm_is_llamas_in_value_and_gradient():
     torch.testing.assert_close(weight.grad.double(), module.weight.grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_compiled_for_a_gpu_is_the_same(dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(2)
+    direction = torch.randn(3, 5, 24, generator=generator)
+    found = []
+    for on_gpu in (False, True):
+        x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(4)).to(dtype).requires_grad_()
+        weight = norm_like(LlamaRMSNorm).weight.detach().requires_grad_()
+        monkeypatch.setattr(stream, "usable", lambda _device, on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(stream, "compiled", lambda function: function)
+        value = _RootMeanSquare.apply(x, weight, 1e-3, dtype)
+        (value * direction).sum().backward()
+        found.append((value, x.grad, weight.grad))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)
+
+
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Qwen2RMSNorm])
 def test_plain_norms_are_known_by_what_they_compute(kind):
     assert rms_epsilon(norm_like(kind)) == 1e-3
@@ -48,8 +66,8 @@ def test_other_norms_keep_their_own_arithmetic(kind):
 
 
 def hidden_under(model, *, narrow: bool) -> torch.Tensor:
-    stream = torch.bfloat16 if narrow else None
-    with torch.autocast("cpu", torch.bfloat16, enabled=narrow), narrow_stream(model, stream):
+    dtype = torch.bfloat16 if narrow else None
+    with torch.autocast("cpu", torch.bfloat16, enabled=narrow), narrow_stream(model, dtype):
         return model.model(TOKENS_BT).last_hidden_state
 
 

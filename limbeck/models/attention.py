@@ -114,7 +114,8 @@ AttentionMaskInterface.register(_NAME, _grouped_mask)
 
 @contextmanager
 def fast_attention(model: PreTrainedModel) -> Iterator[None]:
-    """While the block runs, the model attends by `grouped_attention`; afterwards as before.
+    """While the block runs, the model attends by `grouped_attention` on a CPU, and by `steady_attention` on a GPU;
+    afterwards as before.
 
     Only a model that runs `sdpa` on a CPU is switched, since `sdpa` is what `grouped_attention` computes. Models with
     what a mask cannot express (soft caps, attention sinks) run something else, and go on doing so.
@@ -128,7 +129,26 @@ def fast_attention(model: PreTrainedModel) -> Iterator[None]:
     if switch:
         model.set_attn_implementation(_NAME)
     try:
-        yield
+        with steady_attention():
+            yield
     finally:
         if switch:
             model.set_attn_implementation("sdpa")
+
+
+@contextmanager
+def steady_attention() -> Iterator[None]:
+    """While the block runs, torch's `sdpa` does not go to cuDNN, which it prefers on newer GPUs.
+
+    cuDNN prepares a plan for every shape of batch that it meets, milliseconds a layer forward and again backward. Here
+    most batches have a shape of their own; torch's other kernels for it take any.
+    """
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

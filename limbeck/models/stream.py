@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from limbeck.models.compiling import any_rows, compiled, usable
+
 _EPSILONS = ("variance_epsilon", "eps")
 """Under which names the classes of transformers keep the number that is added to the mean square."""
 
@@ -96,6 +98,11 @@ class _RootMeanSquare(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+        if usable(x.device):
+            x_ND = x.detach().reshape(-1, x.shape[-1])
+            out_ND, rstd_N1 = compiled(_scaled)(any_rows(x_ND), weight_D.detach(), epsilon, dtype)
+            ctx.save_for_backward(x, rstd_N1, weight_D)
+            return out_ND.view(x.shape)
         wide_ND = x.detach().reshape(-1, x.shape[-1]).to(torch.float32, copy=True)
         rms_N1 = torch.linalg.vector_norm(wide_ND, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         rstd_N1 = rms_N1.add_(epsilon).rsqrt_()
@@ -107,6 +114,10 @@ class _RootMeanSquare(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x, rstd_N1, weight_D = ctx.saved_tensors
         width = x.shape[-1]
+        if usable(x.device):
+            grad_ND, x_ND = (any_rows(t.reshape(-1, width)) for t in (grad, x.detach()))
+            grad_x_ND, grad_weight_D = compiled(_scaled_back)(grad_ND, x_ND, any_rows(rstd_N1), weight_D.detach())
+            return grad_x_ND.view(x.shape), grad_weight_D if ctx.needs_input_grad[1] else None, None, None
         n_ND = x.reshape(-1, width).to(torch.float32, copy=True).mul_(rstd_N1)
         grad_ND = grad.reshape(-1, width).to(torch.float32, copy=True)
         both_ND = grad_ND * n_ND
@@ -116,3 +127,19 @@ class _RootMeanSquare(torch.autograd.Function):
         if grad_weight_D is not None:
             grad_weight_D = grad_weight_D.to(weight_D.dtype)
         return grad_x_ND.to(x.dtype).view(x.shape), grad_weight_D, None, None
+
+
+def _scaled(x_ND: Tensor, weight_D: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What `_RootMeanSquare.forward` computes, as it is compiled for a GPU."""
+    wide_ND = x_ND.float()
+    rstd_N1 = (wide_ND.square().mean(dim=-1, keepdim=True) + epsilon).rsqrt()
+    return (wide_ND * rstd_N1 * weight_D).to(dtype), rstd_N1
+
+
+def _scaled_back(grad_ND: Tensor, x_ND: Tensor, rstd_N1: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_RootMeanSquare.backward` computes, as it is compiled for a GPU."""
+    n_ND, wide_ND = x_ND.float() * rstd_N1, grad_ND.float()
+    by_weight_ND = wide_ND * weight_D.float()
+    along_N1 = (by_weight_ND * n_ND).mean(dim=-1, keepdim=True)
+    grad_x_ND = (by_weight_ND - n_ND * along_N1) * rstd_N1
+    return grad_x_ND.to(x_ND.dtype), (wide_ND * n_ND).sum(dim=0).to(weight_D.dtype)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from limbeck.errors import ModelError, Problem
+from limbeck.models.attention import steady_attention
 
 CHUNK = 512
 """Positions whose logits are held at a time: 50 MB in bfloat16 with a vocabulary of 49,152."""
@@ -85,7 +86,8 @@ def hidden_states(model: PreTrainedModel, tokens_BT: Tensor, *, position_ids_BT:
     are packed in one row, `position_ids_BT` count from 0 in each, and the model keeps them apart.
     """
     packed = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
-    return body_of(model)(input_ids=tokens_BT, use_cache=False, **packed).last_hidden_state
+    with steady_attention():
+        return body_of(model)(input_ids=tokens_BT, use_cache=False, **packed).last_hidden_state
 
 
 def head_logits(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:

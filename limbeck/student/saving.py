@@ -44,7 +44,8 @@ def prove(model: PreTrainedModel, directory: Path) -> None:
     tokens_1T = torch.arange(_PROBE)[None] % model.config.get_text_config().vocab_size
     with torch.inference_mode():
         measured, loaded = (
-            m(input_ids=tokens_1T.to(m.device), use_cache=False).logits.float().cpu() for m in (model, saved.eval())
+            m(input_ids=tokens_1T.to(m.device), use_cache=False).logits.float()
+            for m in (model, saved.eval().to(model.device))  # two processors round otherwise
         )
     difference = float((measured - loaded).abs().mean() / measured.std())
     if not difference < 0.01:

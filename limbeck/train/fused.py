@@ -9,13 +9,15 @@ Matrix products run in the type of the inputs, or in autocast's; all that follow
 gradient, in float32, or float64 for float64 inputs. In bfloat16 the logits are therefore rounded once, as
 they are in a model that computes its head under autocast, and never again before the gradient is handed to
 the matrix products. Sums over chunks are kept in float32. The passes over a chunk run in blocks of rows
-that stay in the processor's cache, which makes them several times faster than whole-chunk passes.
+that stay in the processor's cache, which makes them several times faster than whole-chunk passes. On a GPU
+they are one or two compiled kernels for the whole chunk (`compiled`), or else blocks large enough to fill it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +25,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from limbeck.errors import InputError, Problem
-from limbeck.signal.types import Signal
-from limbeck.train import kernels
+from limbeck.models import compiling
+from limbeck.signal.types import HiddenSignal, Signal
+from limbeck.train import compiled, kernels
 from limbeck.train.losses import LossSpec
 from limbeck.train.pairing import Term, pair
 
@@ -37,6 +40,13 @@ not be prepared anew, which takes as long as the product itself."""
 _BLOCK_NUMBERS = 1 << 20
 _HEAD_SLICE = 4096
 """Rows of the head at a time, where a product is widened to be added, or a sum is scaled and narrowed."""
+_GPU_CHUNK = 1024
+"""Least positions that have logits at a time on a GPU. Otherwise as many as the hidden states are wide, or half of that
+where a live teacher's logits stand beside: with the head's gradient in float32 they then take about as much memory as
+that gradient takes with its copy in bfloat16, which a head in bfloat16 has in the end."""
+_GPU_CHUNK_BYTES = 1 << 30
+_GPU_BLOCK_NUMBERS = 1 << 25
+"""Numbers in a block of the eager passes on a GPU: 128 MiB in float32, of which up to six are held."""
 
 
 def fused_loss(
@@ -60,7 +70,7 @@ def fused_loss(
     without the tanh where `softcap` is None. A head wider than the signal's vocabulary is cut to it.
     `weights` [N] multiply the positions; one of weight 0 is left out altogether, whatever its numbers are.
     `chunk` is how many positions have logits at a time; by default as many as fill 64 MiB, and at least
-    256. Several signals and a weighted sum of losses share one pass.
+    256; on a GPU at least 1,024. Several signals and a weighted sum of losses share one pass.
 
     Equal in value and gradient to the sum of `weights` times `pairing.signal_loss`. Without positions it is
     0, and the gradient is 0. Gradients come in the types of the inputs, for those inputs that ask for one.
@@ -115,9 +125,14 @@ class _Job:
     def vocab(self) -> int:
         return self.terms[0].signal.vocab_size
 
-    def chunk_of(self, n: int) -> int:
+    def chunk_of(self, hidden: Tensor) -> int:
         """Positions with logits at a time: as asked for, or the default, evened out and in whole granules."""
-        most = self.chunk or max(_LEAST_CHUNK, _CHUNK_BYTES // (self.vocab * self.dtype.itemsize))
+        n, row = len(hidden), self.vocab * self.dtype.itemsize
+        default = _CHUNK_BYTES // row
+        if hidden.is_cuda:
+            live = any(isinstance(term.signal, HiddenSignal) for term in self.terms)
+            default = min(max(_GPU_CHUNK, hidden.shape[1] // (2 if live else 1)), _GPU_CHUNK_BYTES // row)
+        most = self.chunk or max(_LEAST_CHUNK, default)
         if self.chunk is not None or n == 0:
             return max(1, min(most, n))
         even = -(-n // -(-n // most))
@@ -156,7 +171,11 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore
         """Scales what forward found, unless the scale is 1. Rows of a head beyond the vocabulary get 0."""
         grads: list[Tensor | None] = []
-        unscaled = not grad_outputs[0].is_cuda and float(grad_outputs[0]) == 1
+        # On a GPU to look costs a wait, which is less than to read and write a large head's gradient once more.
+        same = any(
+            f is not None and kind == (f.shape, f.dtype) for f, kind in zip(ctx.saved_tensors, ctx.types, strict=True)
+        )
+        unscaled = same and float(grad_outputs[0]) == 1
         for found, kind in zip(ctx.saved_tensors, ctx.types, strict=True):
             grad = None
             if unscaled and found is not None and kind == (found.shape, found.dtype):
@@ -165,6 +184,10 @@ class _FusedLoss(torch.autograd.Function):
                 shape, dtype = kind
                 grad = found.new_empty(shape, dtype=dtype)
                 grad[len(found) :].zero_()
+                if found.is_cuda:  # widens and narrows in registers
+                    torch.mul(found, grad_outputs[0], out=grad[: len(found)])
+                    grads.append(grad)
+                    continue
                 for at in range(0, len(found), _HEAD_SLICE):
                     part = found[at : at + _HEAD_SLICE]
                     grad[at : at + len(part)] = part * grad_outputs[0]
@@ -177,26 +200,34 @@ def _run(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job, want: S
         dtype, n = job.dtype, len(hidden)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         hidden = hidden.to(dtype)
-        chunk = job.chunk_of(n)
+        chunk = job.chunk_of(hidden)
         if job.chunk is None and n % chunk and chunk >= _LEAST_CHUNK:
             hidden = torch.cat([hidden, hidden.new_zeros(chunk - n % chunk, hidden.shape[1])])
         head = kernels.Projection.of(weight, bias, job.scale, job.softcap, job.vocab, dtype)
-        block = chunk if hidden.is_cuda else min(chunk, max(1, _BLOCK_NUMBERS // job.vocab))
+        numbers = _GPU_BLOCK_NUMBERS if hidden.is_cuda else _BLOCK_NUMBERS
+        block = min(chunk, max(1, numbers // job.vocab))
         scratch = kernels.Scratch(block, wide, hidden.device)
-        compare = kernels.comparisons(job.terms, chunk, wide)
+        passes = None
+        if compiling.usable(hidden.device):
+            passes = compiled.passes_of(job.terms, head, chunk, wide, grad=any(want))
+        compare = kernels.comparisons(job.terms, chunk, wide) if passes is None else []
         scale_N = torch.full((n,), head.scale, dtype=wide, device=hidden.device)
         if job.weights_N is not None:
             scale_N *= job.weights_N
         logits_CV = hidden.new_empty(chunk, job.vocab)
         nats_N = torch.empty_like(scale_N)
         grad_hidden = torch.empty_like(hidden) if want[0] else None
-        grad_weight = _HeadGradient(head.weight_VD, wide if n > chunk else dtype) if want[1] else None
+        exact = weight.dtype == wide and _adds_wide(hidden.device)
+        grad_weight = _HeadGradient(head.weight_VD, wide if n > chunk or exact else dtype) if want[1] else None
         grad_bias = scale_N.new_zeros(job.vocab) if want[2] else None
         for a in range(0, n, chunk):
             y_CV = head.project(hidden[a : a + chunk], logits_CV)
             there = min(chunk, n - a)
             y_CV[there:].zero_()  # what fills up the last chunk is no position
-            for r in range(0, there, block):
+            if passes is not None:
+                rows = slice(a, a + there)
+                nats_N[rows] = passes(y_CV[:there], rows, scale_N[rows])
+            for r in range(0, there if passes is None else 0, block):
                 y_RV = y_CV[r : min(r + block, there)]
                 rows = slice(a + r, a + r + len(y_RV))
                 z_RV = head.finish_(y_RV if dtype == wide else scratch("z", y_RV).copy_(y_RV))
@@ -238,6 +269,19 @@ def _sum_terms(
     return total
 
 
+@cache
+def _adds_wide(device: torch.device) -> bool:
+    """Whether products of bfloat16 are added to float32 as they are, without being rounded first: cuBLAS can."""
+    if device.type != "cuda":
+        return False
+    a, total = (torch.ones(16, 16, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, beta=1, out=total)
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
+
+
 class _HeadGradient:
     """The sum over chunks of gradient.T @ hidden, [V, D], kept in `dtype`."""
 
@@ -250,6 +294,9 @@ class _HeadGradient:
         total_VD = self._total_VD
         if total_VD.dtype == grad_CV.dtype:
             total_VD.addmm_(grad_CV.t(), hidden_CD, beta=int(self._begun))
+        elif _adds_wide(total_VD.device):
+            wide, beta = total_VD.dtype, int(self._begun)
+            torch.addmm(total_VD, grad_CV.t(), hidden_CD, out_dtype=wide, beta=beta, out=total_VD)
         else:
             product = hidden_CD.new_empty(min(_HEAD_SLICE, len(total_VD)), hidden_CD.shape[1])
             for v in range(0, len(total_VD), _HEAD_SLICE):

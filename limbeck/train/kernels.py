@@ -85,7 +85,7 @@ def top_k(
 
 def dense(loss: Loss, s_RV: Tensor, t_RV: Tensor, scale_R: Tensor, scratch: Scratch) -> Outcome:
     """Any loss against the teacher's logits over temperature, `t_RV`, which is overwritten."""
-    name, share = _teachers_share(loss)
+    name, share = teachers_share(loss)
     q_RV = torch.softmax(s_RV, dim=1, out=scratch("q", s_RV))
     p_RV = torch.softmax(t_RV, dim=1, out=scratch("p", s_RV))
     log_z_s_R1, log_z_t_R1 = log_sum_exp(s_RV, q_RV)[:, None], log_sum_exp(t_RV, p_RV)[:, None]
@@ -132,6 +132,8 @@ def mean(probs_RV: Tensor, values_RV: Tensor) -> Tensor:
     """Sum of probability times value, [R]. Values of tokens that have no probability become 0 if one is not
     finite.
     """
+    if probs_RV.is_cuda:  # to look costs more there than to mask: the host would wait for all that is queued
+        return torch.linalg.vecdot(probs_RV, values_RV.masked_fill_(probs_RV == 0, 0))
     mean_R = torch.linalg.vecdot(probs_RV, values_RV)
     if not torch.isfinite(mean_R).all():
         mean_R = torch.linalg.vecdot(probs_RV, values_RV.masked_fill_(probs_RV == 0, 0))
@@ -143,7 +145,7 @@ def _through_softmax(slope_RV: Tensor, q_RV: Tensor) -> Tensor:
     return slope_RV.sub_(torch.linalg.vecdot(q_RV, slope_RV)[:, None]).mul_(q_RV)
 
 
-def _teachers_share(loss: Loss) -> tuple[str, float]:
+def teachers_share(loss: Loss) -> tuple[str, float]:
     """The loss's name and the teacher's share in its mixture; a mixture of the student or teacher alone is
     a plain KL.
     """
@@ -260,9 +262,10 @@ def _given(signal: DenseSignal) -> Teacher:
     return lambda rows, buffer_RV: buffer_RV.copy_(signal.logits_NV[rows])
 
 
-def _projected(signal: HiddenSignal, chunk: int) -> Teacher:
+def teachers_head(signal: HiddenSignal) -> Projection:
+    """The teacher's head, cut to the shared vocabulary."""
     dtype = torch.promote_types(signal.hidden_ND.dtype, signal.head_weight_VD.dtype)
-    head = Projection.of(
+    return Projection.of(
         signal.head_weight_VD,
         signal.head_bias_V,
         signal.logit_scale,
@@ -270,6 +273,11 @@ def _projected(signal: HiddenSignal, chunk: int) -> Teacher:
         signal.vocab_size,
         dtype,
     )
+
+
+def _projected(signal: HiddenSignal, chunk: int) -> Teacher:
+    head = teachers_head(signal)
+    dtype = head.weight_VD.dtype
     buffer_CV = signal.hidden_ND.new_empty(chunk, signal.vocab_size, dtype=dtype)
     held = range(0)
 

@@ -6,8 +6,9 @@ import json
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import JsonValue
@@ -40,6 +41,13 @@ from limbeck.train.rollouts import Rollouts
 from limbeck.train.schedule import Schedule, make_schedule
 from limbeck.train.sources import LiveTeacher, SignalSource, Stored
 from limbeck.train.trainer import DistillationTrainer, SealCheckpoints, last_checkpoint
+
+_CHECKPOINTING = next(
+    field.name
+    for field in fields(TrainingArguments)
+    if field.name in ("activation_checkpointing", "gradient_checkpointing")
+)
+"""What the installed transformers calls computing activations again: the first name is the newer one."""
 
 
 def train(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
@@ -236,7 +244,7 @@ def arguments(recipe: Recipe, directory: Path, steps: int, dtype: torch.dtype) -
         report_to="none",
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
-        activation_checkpointing=settings.activation_checkpointing,
+        **cast("dict[str, Any]", {_CHECKPOINTING: settings.activation_checkpointing}),
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )

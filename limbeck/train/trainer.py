@@ -96,17 +96,21 @@ class DistillationTrainer(Trainer):
 
         def nats() -> torch.Tensor:
             # One call of the wrapper for all passes: it synchronises gradients once a call.
-            return torch.stack([self._nats(inner(bare), batch.to(self.args.device), weight) for batch in passes]).sum()
+            return torch.stack([self._nats(inner(bare), batch, weight) for batch in passes]).sum()
 
         with self.accelerator.autocast():
             return through_wrapper(model, bare, nats)
 
     def _nats(self, model: PreTrainedModel, batch: Batch, weight: float) -> torch.Tensor:
+        # Where the supervised positions are is asked of the batch as it comes from the host: a GPU would have to finish
+        # all that is queued before it could say how many there are.
+        predict_N = batch.predict_BT.flatten().nonzero()[:, 0].to(self.args.device)
+        batch = batch.to(self.args.device)
         signal: Signal = self._source.take(batch).to(batch.tokens_BT.device)
         hidden_BTD = hidden_states(model, batch.tokens_BT, position_ids_BT=batch.positions_BT)
         head = head_of(model)
         return fused_loss(
-            hidden_BTD[batch.predict_BT],
+            hidden_BTD.flatten(0, 1).index_select(0, predict_N),
             head.weight,
             [signal, TextSignal(batch.targets_N, signal.vocab_size)] if self._on_text else signal,
             loss=self._loss,
