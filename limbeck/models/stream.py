@@ -4,6 +4,9 @@ Autocast runs matrix products in bfloat16, but the sum that runs through the lay
 is multiplied by float32 weights in every norm, so it, and all that is computed and kept from it, stays in float32.
 Here the embeddings are rounded once where they leave their table, and each norm computes in float32 and hands on
 bfloat16: what a model whose weights are bfloat16 computes, while weights, gradients and moments keep float32.
+
+The gradient of the embeddings is added into the rows it concerns. Autograd makes a table of zeros for it, as large as
+the embeddings, and adds that to the gradient of a head which shares its weights.
 """
 
 from __future__ import annotations
@@ -37,8 +40,12 @@ def narrow_stream(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator
     def rounded(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         return output.to(dtype) if isinstance(output, Tensor) and output.is_floating_point() else output
 
-    handles = [model.get_input_embeddings().register_forward_hook(rounded)]
+    embeddings = model.get_input_embeddings()
+    handles = [embeddings.register_forward_hook(rounded)]
     replaced: list[nn.Module] = []
+    if type(embeddings) is nn.Embedding and model.device.type == "cpu" and not torch.distributed.is_initialized():
+        embeddings.forward = _by_rows(embeddings)
+        replaced.append(embeddings)
     for module in model.modules():
         if not _is_norm(module):
             continue
@@ -55,6 +62,43 @@ def narrow_stream(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator
             handle.remove()
         for module in replaced:
             del module.forward
+
+
+def _by_rows(embeddings: nn.Embedding):
+    plain = embeddings.max_norm is None and not embeddings.sparse and not embeddings.scale_grad_by_freq
+    as_it_was = embeddings.forward
+
+    def forward(tokens_BT: Tensor) -> Tensor:
+        if plain and embeddings.weight.requires_grad and torch.is_grad_enabled():
+            return _Rows.apply(torch.empty(0, requires_grad=True), embeddings, tokens_BT)  # pyright: ignore
+        return as_it_was(tokens_BT)
+
+    return forward
+
+
+class _Rows(torch.autograd.Function):
+    """Rows of a table of embeddings, [B, T, D]. Their gradient goes into the table's `grad` itself, once autograd has
+    put there what a head that shares the table has; only where one process has the whole table, since others would not
+    be told. `anchor` asks for a gradient in the place of the table, for which autograd would wait.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, table: nn.Embedding, tokens_BT: Tensor) -> Tensor:
+        ctx.table, ctx.tokens_BT = table, tokens_BT
+        return nn.functional.embedding(tokens_BT, table.weight.detach())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # pyright: ignore
+        weight_VD, tokens_N = ctx.table.weight, ctx.tokens_BT.reshape(-1)
+        rows_ND = grad.reshape(len(tokens_N), -1).to(weight_VD.dtype)
+        if ctx.table.padding_idx is not None:
+            learned_N = tokens_N != ctx.table.padding_idx
+            tokens_N, rows_ND = tokens_N[learned_N], rows_ND[learned_N]
+        if weight_VD.grad is None:
+            weight_VD.grad = torch.zeros_like(weight_VD)
+        weight_VD.grad.index_add_(0, tokens_N, rows_ND)
+        return None, None, None
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from limbeck.models.attention import fast_attention
 from limbeck.render.batches import Batch
-from limbeck.signal.head import head_of, hidden_states
+from limbeck.signal.head import Head, head_of, hidden_states
 from limbeck.signal.store import SignalStore
 from limbeck.signal.types import HiddenSignal, Signal
 
@@ -42,7 +42,11 @@ class LiveTeacher:
 
     def __init__(self, model: PreTrainedModel, vocab_size: int):
         self._model, self._vocab_size = model.eval(), vocab_size
-        self._head = head_of(model)
+        head = head_of(model)
+        # Made once: signals of several passes are of one teacher where their heads are the same tensor.
+        self._head = Head(
+            head.weight.detach(), None if head.bias is None else head.bias.detach(), head.scale, head.softcap
+        )
 
     @torch.no_grad()
     def take(self, batch: Batch) -> HiddenSignal:
@@ -54,9 +58,9 @@ class LiveTeacher:
         head = self._head
         return HiddenSignal(
             hidden_BTD[there.predict_BT],
-            head.weight.detach(),
+            head.weight,
             self._vocab_size,
-            None if head.bias is None else head.bias.detach(),
+            head.bias,
             head.scale,
             head.softcap,
         )

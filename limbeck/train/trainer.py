@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from limbeck.models.attention import fast_attention
 from limbeck.models.stream import narrow_stream
 from limbeck.render.batches import Batch
 from limbeck.signal.head import head_of, hidden_states
-from limbeck.signal.types import Signal, TextSignal
+from limbeck.signal.types import TextSignal, concat
 from limbeck.train.adapter import inner
 from limbeck.train.feed import Feed, MicroBatch
 from limbeck.train.fused import fused_loss
@@ -96,29 +96,35 @@ class DistillationTrainer(Trainer):
 
         def nats() -> torch.Tensor:
             # One call of the wrapper for all passes: it synchronises gradients once a call.
-            return torch.stack([self._nats(inner(bare), batch, weight) for batch in passes]).sum()
+            return self._nats(inner(bare), passes, weight)
 
         with self.accelerator.autocast():
             return through_wrapper(model, bare, nats)
 
-    def _nats(self, model: PreTrainedModel, batch: Batch, weight: float) -> torch.Tensor:
-        # Where the supervised positions are is asked of the batch as it comes from the host: a GPU would have to finish
-        # all that is queued before it could say how many there are.
-        predict_N = batch.predict_BT.flatten().nonzero()[:, 0].to(self.args.device)
-        batch = batch.to(self.args.device)
-        signal: Signal = self._source.take(batch).to(batch.tokens_BT.device)
-        hidden_BTD = hidden_states(model, batch.tokens_BT, position_ids_BT=batch.positions_BT)
-        head = head_of(model)
+    def _nats(self, model: PreTrainedModel, passes: Sequence[Batch], weight: float) -> torch.Tensor:
+        """One loss over what all passes predict: the head's weights are made ready, and its gradient added up, once."""
+        hidden, signals, targets = [], [], []
+        for batch in passes:
+            # Where the supervised positions are is asked of the batch as it comes from the host: a GPU would have to
+            # finish all that is queued before it could say how many there are.
+            predict_N = batch.predict_BT.flatten().nonzero()[:, 0].to(self.args.device)
+            there = batch.to(self.args.device)
+            signals.append(self._source.take(there).to(there.tokens_BT.device))
+            hidden_BTD = hidden_states(model, there.tokens_BT, position_ids_BT=there.positions_BT)
+            hidden.append(hidden_BTD.flatten(0, 1).index_select(0, predict_N))
+            targets.append(there.targets_N)
+        head, signal = head_of(model), concat(signals)
+        hidden_ND = torch.cat(hidden)
         return fused_loss(
-            hidden_BTD.flatten(0, 1).index_select(0, predict_N),
+            hidden_ND,
             head.weight,
-            [signal, TextSignal(batch.targets_N, signal.vocab_size)] if self._on_text else signal,
+            [signal, TextSignal(torch.cat(targets), signal.vocab_size)] if self._on_text else signal,
             loss=self._loss,
             temperature=self._temperature,
             head_bias=head.bias,
             logit_scale=head.scale,
             softcap=head.softcap,
-            weights=torch.full((batch.supervised,), weight, device=batch.tokens_BT.device),
+            weights=torch.full((len(hidden_ND),), weight, device=hidden_ND.device),
             allow_biased=self._allow_biased,
         )
 
