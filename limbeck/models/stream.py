@@ -44,7 +44,7 @@ def narrow_stream(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator
     handles = [embeddings.register_forward_hook(rounded)]
     replaced: list[nn.Module] = []
     if type(embeddings) is nn.Embedding and model.device.type == "cpu" and not torch.distributed.is_initialized():
-        embeddings.forward = _by_rows(embeddings)
+        embeddings.forward = _by_rows(embeddings)  # pyright: ignore[reportAttributeAccessIssue]
         replaced.append(embeddings)
     for module in model.modules():
         if not _is_norm(module):
