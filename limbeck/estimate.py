@@ -27,7 +27,7 @@ from limbeck.collect.files import iter_file_prompts
 from limbeck.collect.journal import Journal
 from limbeck.collect.teachers import make_teacher
 from limbeck.errors import InputError, Problem
-from limbeck.estimate_written import written_figures
+from limbeck.estimate_written import Figure, written_figures
 from limbeck.evaluate.statistics import ratio_interval
 from limbeck.progress import Progress
 from limbeck.recipe import NO_ENDPOINT, DatasetPrompts, FilePrompts, Recipe
@@ -40,20 +40,6 @@ from limbeck.terms.stage import refuse_before
 
 if TYPE_CHECKING:
     from limbeck.collect.endpoints.teacher import Endpoint
-
-
-class Figure(NamedTuple):
-    """One thing that collecting takes, for all requests of the recipe."""
-
-    name: str
-    unit: str
-    value: float | None
-    """Projected from the pilot; None without one."""
-    low: float | None
-    high: float | None
-    """The 95 % interval over prompts."""
-    at_most: float | None
-    """What it cannot exceed; None where nothing bounds it."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +110,7 @@ def estimate(
         prices={name: one.source if one else "unknown" for name, one in priced.items()},
         figures=(
             *(_figures(recipe, count, own, bounds, measured, all(priced.values())) if teachers else ()),
-            *(Figure(*one) for one in written_figures(recipe, priced, pilot=pilot, journal=path, progress=progress)),
+            *written_figures(recipe, priced, pilot=pilot, journal=path, progress=progress),
         ),
     )
 

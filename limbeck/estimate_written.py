@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from limbeck.collect.completing import behind_endpoint
 from limbeck.collect.endpoints.prices import Prices, dollars
-from limbeck.collect.endpoints.teacher import Endpoint
 from limbeck.collect.teachers import make_teacher
 from limbeck.collect.written.pilot import Most, Tried, most, try_out
 from limbeck.evaluate.statistics import LEVEL, RESAMPLES, expanded_tail
@@ -20,20 +20,23 @@ from limbeck.recipe.prompts import WrittenPrompts
 from limbeck.seeds import derive_seed
 
 
-class Projected(NamedTuple):
-    """One thing that writing takes; as `limbeck.estimate.Figure`."""
+class Figure(NamedTuple):
+    """One thing that collecting, or having prompts written, takes for all requests of the recipe."""
 
     name: str
     unit: str
     value: float | None
+    """Figure from the pilot; None without one."""
     low: float | None
     high: float | None
+    """The 95 % interval over prompts."""
     at_most: float | None
+    """What it cannot exceed; None where nothing bounds it."""
 
 
 def written_figures(
     recipe: Recipe, priced: dict[str, Prices | None], *, pilot: int, journal: Path | None, progress: Progress | None
-) -> Iterator[Projected]:
+) -> Iterator[Figure]:
     """Requests, tokens and money of every source that a teacher behind an endpoint writes. A pilot sends the first
     requests of each, as many as of the prompts of files; where prompts are asked for in batches it sends none.
 
@@ -47,7 +50,7 @@ def written_figures(
             continue
         told = {"max_tokens": source.max_tokens, "temperature": source.temperature, "top_p": source.top_p}
         teacher = make_teacher(settings, recipe.collect.model_copy(update=told), recipe.seed)
-        if not isinstance(teacher, Endpoint):
+        if not behind_endpoint(teacher):
             continue
         tried = []
         if pilot and journal is not None and recipe.collect.batched is None:
@@ -58,18 +61,18 @@ def written_figures(
 
 def _figures(
     source: WrittenPrompts, bound: Most, tried: Sequence[Tried], prices: Prices | None, recipe: Recipe
-) -> Iterator[Projected]:
+) -> Iterator[Figure]:
     seed, cap = recipe.seed, recipe.collect.budget.money
 
-    def figure(name: str, unit: str, of: Callable[[Tried], float], at_most: float | None) -> Projected:
+    def figure(name: str, unit: str, of: Callable[[Tried], float], at_most: float | None) -> Figure:
         took_P = np.asarray([of(one) for one in tried], np.float64)
         kept_P = np.asarray([one.kept for one in tried], np.float64)
         if not kept_P.sum():  # nothing can be said of what was never kept
-            return Projected(f"{source.kind}: {name}", unit, None, None, None, at_most)
+            return Figure(f"{source.kind}: {name}", unit, None, None, None, at_most)
         top = np.inf if at_most is None else at_most
         found = np.minimum(_interval(took_P * source.count, kept_P, derive_seed(seed, "estimate", name) >> 10), top)
         value, low, high = (None if np.isinf(one) else float(one) for one in found)
-        return Projected(f"{source.kind}: {name}", unit, value, low, high, at_most)
+        return Figure(f"{source.kind}: {name}", unit, value, low, high, at_most)
 
     yield figure("requests", "requests", lambda one: one.spent.requests, bound.requests)
     yield figure("prompt tokens", "tokens", lambda one: one.spent.prompt, bound.prompt)

@@ -44,7 +44,10 @@ def test_one_query_a_row_by_a_loop(masked, heads, key_heads):
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(6, 3), (4, 4), (4, 1)])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_value_and_gradient_are_those_of_torch(heads, key_heads, rows):
+@pytest.mark.parametrize("at_a_time", [1, 1 << 21])
+def test_value_and_gradient_are_those_of_torch(heads, key_heads, rows, at_a_time, monkeypatch):
+    """With one mask for all sequences and one for each; sequence by sequence, and together."""
+    monkeypatch.setattr(attention_module, "_AT_A_TIME", at_a_time)
     seen = torch.ones(rows, 1, 11, 11).tril().bool()
     seen[-1, :, 6:, :3] = False
     ours, theirs = draw(heads, key_heads, 11, 11), draw(heads, key_heads, 11, 11)
@@ -54,6 +57,17 @@ def test_value_and_gradient_are_those_of_torch(heads, key_heads, rows):
     noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     (output * noise).sum().backward()
     (expected.transpose(1, 2) * noise).sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_values_may_be_of_another_width_than_queries():
+    mask = additive(torch.ones(1, 1, 6, 6).tril().bool())
+    ours, theirs = draw(4, 2, 6, 6), draw(4, 2, 6, 6)
+    output, _ = grouped_attention(torch.nn.Module(), ours[0], ours[1], ours[2][..., :5], mask)
+    expected = scaled_dot_product_attention(*theirs[:2], theirs[2][..., :5], is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(output, expected.transpose(1, 2))
+    (output.square().sum() + expected.square().sum()).backward()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
 

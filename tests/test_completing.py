@@ -54,6 +54,30 @@ def test_the_file_hangs_on_the_answers_alone(tmp_path: Path, monkeypatch: pytest
     assert ahead == from_journal(recipe, tmp_path / "run", tmp_path / "again", monkeypatch)
 
 
+@pytest.mark.parametrize("busy", [0.0, 1e9], ids=["never to spare", "always to spare"])
+def test_the_file_is_the_same_however_busy_the_processor_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: float
+):
+    monkeypatch.setattr(completing, "_BUSY", busy)
+    monkeypatch.setattr(completing, "_HELD", 100)
+    monkeypatch.setattr("limbeck.collect.collect._STRETCH_SENT", 16)
+    waiting, expect = [], Ahead.expect
+
+    def watched(self: Ahead, stretch, lacking) -> None:
+        expect(self, stretch, lacking)
+        waiting.append(len(self._waiting))
+
+    monkeypatch.setattr(Ahead, "expect", watched)
+    with Server(Settings(words=20, delay=0.002)) as server:
+        recipe = made(server.url, file_of(tmp_path, 400))
+        ask(recipe, tmp_path / "run")
+    assert max(waiting) <= 100
+    assert busy or max(waiting) > 84  # who has no time lets as many wait as may, and no more
+    monkeypatch.undo()
+    ahead = (tmp_path / "run" / "completions.parquet").read_bytes()
+    assert ahead == from_journal(recipe, tmp_path / "run", tmp_path / "again", monkeypatch)
+
+
 @pytest.mark.parametrize("most", [(100, 2**20), (10**6, 5000)], ids=["rows", "bytes"])
 def test_no_more_than_so_many_rows_wait_for_a_late_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most):
     monkeypatch.setattr(completing, "_HELD", most[0])

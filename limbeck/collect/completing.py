@@ -7,6 +7,7 @@ which of the two ways it was made.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,8 +32,13 @@ if TYPE_CHECKING:
 _READ = 128
 """Answers that are read from the journal together."""
 _HELD, _HELD_BYTES = 8192, 32 * 2**20
-"""Rows that wait for one before them, at the most: so many, or of so many bytes of requests and answers. All others
-wait in memory for a request that is answered late."""
+"""Rows that wait, for one before them or for time to spare, at the most: so many, or of so many bytes of requests and
+answers."""
+_MADE = 512
+"""Rows that are made in one go while requests are under way, about 40 ms: the event loop stands still meanwhile."""
+_BUSY = 0.9
+"""Seconds of the processor in a second, from which on requests need all of its time: one core's, since Python's threads
+take turns."""
 
 
 class Asked(NamedTuple):
@@ -103,7 +109,8 @@ class Ahead:
     """Makes completions of one teacher while it is asked.
 
     Laws: `passed` requests, from the first on, have their rows in the file, or have none; the others are for who comes
-    after. Memory is bounded: who would have to wait with too many others is left to that as well.
+    after. Rows are made while the processor waits for answers; where it never does, requests come first, and rows are
+    made when enough wait for them. Memory is bounded: who would have to wait with too many others is left to the end.
     """
 
     def __init__(self, completing: Completing, journal: Journal):
@@ -114,18 +121,23 @@ class Ahead:
         """Those of them that the journal lacked, with what was answered."""
         self._bytes = 0
         self._full = False
+        self._spare = _Spare()
         self.passed = 0
 
     def expect(self, stretch: Sequence[Asked], lacking: Collection[Digest]) -> None:
-        """The next requests, and which of them the journal lacks. Makes what rows can be made; raises what the journal
-        and the file raise.
+        """The next requests, and which of them the journal lacks. Makes what rows can be made, if there is time for it;
+        raises what the journal and the file raise.
         """
-        self._full = self._full or len(self._waiting) + len(stretch) > _HELD or self._bytes > _HELD_BYTES
+        if self._spare() or self._too_many(stretch):
+            self.make(_MADE)
+        self._full = self._full or self._too_many(stretch)
         if not self._full:
             self._waiting.extend(stretch)
             self._bytes += sum(len(asked.request.body) for asked in stretch)
             self._lacking.update(dict.fromkeys(lacking))
-        self.make()
+
+    def _too_many(self, stretch: Sequence[Asked]) -> bool:
+        return len(self._waiting) + len(stretch) > _HELD or self._bytes > _HELD_BYTES
 
     def told(self, request: Request, parsed: Parsed, kept: Kept | None) -> None:
         """An answer is on the disk; a second one counts for nothing, and the first is in the journal."""
@@ -137,9 +149,10 @@ class Ahead:
             self._lacking[request.key] = parsed, kept
             self._bytes += len(parsed.text) + len(parsed.reasoning or "")
 
-    def make(self) -> None:
-        """Make the rows of all before the first that has no answer yet."""
-        while self._waiting:
+    def make(self, most: int | None = None) -> None:
+        """Make the rows of all before the first that has no answer yet, or about so many at the most."""
+        last = None if most is None else self.passed + most
+        while self._waiting and (last is None or self.passed < last):
             key = self._waiting[0].request.key
             if key not in self._lacking:
                 if not self._make_journaled():
@@ -172,6 +185,19 @@ class Ahead:
         if answer is not None:
             self._bytes -= len(answer[0].text) + len(answer[0].reasoning or "")
         self.passed += 1
+
+
+class _Spare:
+    """Says whether this process left some of the processor's time unused since it was last asked."""
+
+    def __init__(self) -> None:
+        self._wall, self._used = time.perf_counter(), time.process_time()
+
+    def __call__(self) -> bool:
+        wall, used = time.perf_counter(), time.process_time()
+        spare = used - self._used < _BUSY * (wall - self._wall)
+        self._wall, self._used = wall, used
+        return spare
 
 
 def _completion(asked: Asked, parsed: Parsed, kept: Kept, batch: str | None, wanted: Wanted) -> Completion:

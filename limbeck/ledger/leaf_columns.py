@@ -1,5 +1,5 @@
 """The values of a run's leaves, read and made canonical by column: what `sealing.leaves` and `fields.encode` make one
-by one, in half of the time. That both ways agree is a law of the tests.
+by one, only faster. That both ways agree is a law of the tests.
 """
 
 from __future__ import annotations

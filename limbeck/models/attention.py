@@ -76,7 +76,7 @@ class _Grouped(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(query.device.type)
             q_NRd, k_NSd, v_NSd = q_NRd.to(dtype), k_NSd.to(dtype), v_NSd.to(dtype)
         p_NRS = q_NRd.new_empty(*q_NRd.shape[:2], k_NSd.shape[1])
-        mixed_NRd = torch.empty_like(q_NRd)
+        mixed_NRd = q_NRd.new_empty(*q_NRd.shape[:2], v_NSd.shape[2])
         with torch.autocast(query.device.type, enabled=False):
             if mask is not None:
                 # What stands for minus infinity in float32 is infinite in bfloat16, and a row of it undefined.

@@ -1,8 +1,8 @@
 """Functions of tensors as kernels of their own on a GPU, by `torch.compile` (inductor, Triton).
 
 A chain of eager kernels writes every intermediate to memory and reads it back; compiled, it is one or two kernels that
-keep them in registers. Nothing needs it: `LIMBECK_COMPILE=0` turns it off, and where compiling fails the eager kernels
-go on, with one warning.
+keep them in registers. Nothing needs it: `LIMBECK_COMPILE=0` turns it off. A function that cannot be compiled, or not
+once more for yet another type or flag, is run as it stands, with one warning: in more memory and time.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def usable(device: torch.device) -> bool:
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, compiled at its first call for each type, width and flag; itself from where compiling fails."""
     import torch
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     fast = torch.compile(function, fullgraph=True)
     failed = False
@@ -63,7 +63,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
                 with warnings.catch_warnings():  # what the compiler says of itself is nothing that a user can act on
                     warnings.simplefilter("ignore")
                     return fast(*args)
-            except TorchDynamoException as error:
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                 failed = True
                 said = " ".join(str(error).split())[:300]
                 _log.warning("torch.compile failed and is done without (%s=0 does not try): %s", SWITCH, said)

@@ -90,7 +90,7 @@ def _reason(found: Mapping[str, JsonValue], output: Sequence[JsonValue], status:
         return _INCOMPLETE.get(why, why or status)
     if status != "completed":
         return status
-    return "tool_calls" if any(mapping(item).get("type") in _CALLS for item in output) else "stop"
+    return "tool_calls" if any(text(mapping(item).get("type")) in _CALLS for item in output) else "stop"
 
 
 def _parts(output: Sequence[JsonValue], kind: str, key: str) -> str:

@@ -280,6 +280,8 @@ def _pieces(source: DocumentPrompts) -> list[Piece]:
         for row in iter_file_prompts(source.documents):
             text = row.messages[-1].content
             starts = [word.start() for word in _SPACED.finditer(text)]
+            if not starts:  # an image alone, or nothing: there is nothing to ask about
+                continue
             pieces = math.ceil(len(starts) / source.words)
             # Of one length, so that no piece is the last few words of a document.
             cuts = [starts[len(starts) * n // pieces] for n in range(pieces)]

@@ -58,13 +58,13 @@ def most(recipe: Recipe, source: WrittenPrompts, teacher: Endpoint) -> Most:
 
 
 def try_out(recipe: Recipe, source: WrittenPrompts, count: int, path: Path, progress: Progress) -> list[Tried]:
-    """Send the first `count` requests of a source, which are those that a run sends first, and sift what is written.
-    The answers lie in the journal at `path`.
+    """Send the first `count` requests of a source and sift what is written: as many as a run sends at once at first, so
+    that a run asks for all of them too. The answers lie in the journal at `path`.
 
     Raises what asking a teacher raises: the cap, an endpoint that does not answer.
     """
     kind = make_kind(source, recipe.seed)
-    tasks = [task for number in range(count) if (task := kind.task((), number)) is not None]
+    tasks = [task for number in range(min(count, kind.wave)) if (task := kind.task((), number)) is not None]
     with (
         held(path),
         Journal(path) as journal,
@@ -73,6 +73,5 @@ def try_out(recipe: Recipe, source: WrittenPrompts, count: int, path: Path, prog
         journal.close_open()
         merge_shards(journal)
         author = Author(source, recipe, RunDir(path.parent, progress), journal, line)
-        # More than there can be candidates of: a pilot is never given up.
-        tally = Tally(f"{source.kind} by {author.identity.name}", count * source.max_tokens, line)
+        tally = Tally(f"{source.kind} by {author.identity.name}", source.count, line)
         return [Tried(spent, kept) for spent, kept in sift(source, tasks, author, tally)]
