@@ -1,4 +1,7 @@
-"""Attention by plain matrix products, which on a CPU are faster than torch's flash kernel for it.
+"""Attention by plain matrix products, which on a CPU learn faster than torch's flash kernel, and read one token faster.
+
+Where neither a gradient is wanted nor one query asked at a time, that kernel is faster (2.8 against 6.1 ms for 8
+sequences of 234 tokens), and models are left to it.
 
 Query heads that share a key head become the rows of one product: queries [B, heads, T, d] are read as [B * key heads,
 group * T, d], so that keys and values [B, key heads, S, d] are neither repeated nor copied. The probabilities are held

@@ -180,6 +180,7 @@ def _there(directory: Path, key: SignalKey, examples: ExampleSet) -> bool:
 def _write(recipe: Recipe, run: RunDir, key: SignalKey, plan: list[list[Batch]]) -> int:
     """Write the shards that are not written yet; returns how many."""
     codec, teachers = codec_of(key), {t.name: t for t in recipe.local_teachers}
+    models.keep_memory()
     writer = SignalWriter(run / "signals", key, planned(plan))
     todo = writer.unwritten()
     positions = sum(e.supervised for n in todo for batch in plan[n] for e in batch)

@@ -7,7 +7,6 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
-from limbeck.models.attention import fast_attention
 from limbeck.render.batches import Batch
 from limbeck.signal.head import Head, head_of, hidden_states
 from limbeck.signal.store import SignalStore
@@ -53,7 +52,7 @@ class LiveTeacher:
         """The signal over the first `vocab_size` ids, on the teacher's device."""
         device = self._model.device
         there = batch.to(device)
-        with torch.autocast(device.type, enabled=False), fast_attention(self._model):
+        with torch.autocast(device.type, enabled=False):
             hidden_BTD = hidden_states(self._model, there.tokens_BT, position_ids_BT=there.positions_BT)
         head = self._head
         return HiddenSignal(
