@@ -217,3 +217,17 @@ def test_a_tied_head_is_written_once(tmp_path):
     again = type(model).from_pretrained(tmp_path / "tied")
     assert again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()
     torch.testing.assert_close(again.lm_head.weight.float(), model.lm_head.weight, rtol=2**-8, atol=0)
+
+
+def test_gradients_clipped_in_the_optimisers_step_are_those_clipped_before(tiny_run, tmp_path, monkeypatch):
+    """At a limit that every step passes. Gradients are float32; one way multiplies by what the other divides by."""
+    recipe, run = fresh(tiny_run, tmp_path / "in the step", clip=0.05, epochs=1)
+    taken = train(recipe, run)
+    monkeypatch.setattr("limbeck.train.trainer.DistillationTrainer._scaling_optimizer", lambda _: None)
+    _, before = fresh(tiny_run, tmp_path / "before", clip=0.05, epochs=1)
+    assert train(recipe, before)["last_loss"] == pytest.approx(taken["last_loss"], rel=1e-4)
+    found, expected = weights(run), weights(before)
+    started = load_file(tiny_run / "beginning" / "model.safetensors")
+    for name, weight in expected.items():
+        moved = (weight - started[name]).abs().max()
+        assert (found[name] - weight).abs().max() <= 0.02 * moved, name

@@ -31,7 +31,7 @@ from limbeck.train import compiled, kernels
 from limbeck.train.losses import LossSpec
 from limbeck.train.pairing import Term, pair
 
-_CHUNK_BYTES = 1 << 26
+_CHUNK_BYTES = 1 << 27
 _LEAST_CHUNK = 256
 """Below this many positions, adding to the head's gradient costs more than a fifth of the matrix products."""
 _GRANULE = 32
@@ -69,7 +69,7 @@ def fused_loss(
     the logits are softcap * tanh(y / softcap) of y = logit_scale * (hidden @ head_weight.T + head_bias),
     without the tanh where `softcap` is None. A head wider than the signal's vocabulary is cut to it.
     `weights` [N] multiply the positions; one of weight 0 is left out altogether, whatever its numbers are.
-    `chunk` is how many positions have logits at a time; by default as many as fill 64 MiB, and at least
+    `chunk` is how many positions have logits at a time; by default as many as fill 128 MiB, and at least
     256; on a GPU at least 1,024. Several signals and a weighted sum of losses share one pass.
 
     Equal in value and gradient to the sum of `weights` times `pairing.signal_loss`. Without positions it is
