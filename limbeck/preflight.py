@@ -261,7 +261,14 @@ def _check_learning(recipe: Recipe, errors: list[InputError]) -> None:
     from limbeck.train.stage import loss_of
 
     with _noting(errors, "train.loss"):
-        check_pairing(loss_of(recipe.train), recipe.signal.kind, allow_biased=recipe.train.allow_biased)
+        local = len(recipe.local_teachers) == len(recipe.teachers)
+        one = ("hidden",) if len(recipe.teachers) == 1 else ()
+        check_pairing(
+            loss_of(recipe.train),
+            recipe.signal.kind,
+            allow_biased=recipe.train.allow_biased,
+            kinds=("text", "sampled", "top_k", *one) if local else ("text", "top_k"),
+        )
     problems = []
     if recipe.signal.kind == "hidden" and len(recipe.teachers) > 1:
         remedy = "use signal: {kind: sampled}, which stores what each teacher says, or name one teacher"
