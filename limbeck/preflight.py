@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from limbeck.curate.tools import refuse_tools
 from limbeck.errors import InputError, ModelError, Problem, RecipeError
 from limbeck.ledger.canonical import digest_file
 from limbeck.recipe import (
@@ -72,6 +73,8 @@ def preflight(recipe: Recipe, *, answered: bool = False) -> dict[str, Digest]:
     _check_server(recipe, errors)
     _check_told(recipe, errors)
     digests |= _check_models(recipe, errors)
+    if not answered and not errors:
+        refuse_tools(recipe)
     _raise(errors)
     return digests
 

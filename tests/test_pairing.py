@@ -108,7 +108,7 @@ def test_all_refused_terms_are_named() -> None:
 
 @pytest.mark.parametrize("kinds", [("text", "top_k"), ("text", "sampled", "top_k", "hidden")])
 def test_a_remedy_names_nothing_that_cannot_be_had(kinds: tuple[SignalKind, ...]) -> None:
-    """Every kind and every loss that a remedy names is taken, and allow_biased is named where it helps and only there."""
+    """Every kind and every loss that a remedy names is taken, allow_biased is named only where it helps."""
     for name, kind in itertools.product(LOSSES, kinds):
         pairing = LOSSES[name].pairings[kind]
         if pairing.bias == "none":
