@@ -245,6 +245,12 @@ def test_what_cannot_be_asked_so_is_said_before_anything_is_spent(tmp_path: Path
             with pytest.raises(InputError) as error:
                 limbeck.run(recipe(server, tmp_path, student, **more), tmp_path / "run")
             assert where in {p.where for p in error.value.problems}
+        biased = recipe(server, tmp_path, student, train={"loss": "forward_kl"})
+        with pytest.raises(InputError) as error:
+            limbeck.run(biased, tmp_path / "run")
+        assert [p.remedy for p in error.value.problems] == [
+            "set allow_biased: true beside the loss, which the report then states"
+        ]
         assert server.bill.received == 0
     source = {"kind": "file", "path": "p.jsonl"}
     with pytest.raises(ValidationError, match=r"collect\.logprobs"):

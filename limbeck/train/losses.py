@@ -225,10 +225,10 @@ def check_pairing(
     Raises `RecipeError` for a biased pairing without `allow_biased`, and for one that has no meaning at all.
     """
     terms = terms_of(loss)
-    kinds: list[SignalKind] = [term.on or signal_kind for term in terms]
-    pairings = tuple(LOSSES[t.name].pairings[kind] for t, kind in zip(terms, kinds, strict=True))
+    taken: list[SignalKind] = [term.on or signal_kind for term in terms]
+    pairings = tuple(LOSSES[t.name].pairings[kind] for t, kind in zip(terms, taken, strict=True))
     problems = []
-    for term, kind, pairing in zip(terms, kinds, pairings, strict=True):
+    for term, kind, pairing in zip(terms, taken, pairings, strict=True):
         if pairing.bias == "none" or (pairing.bias == "biased" and allow_biased):
             continue
         where, found = f"loss {term.name} with signal {kind}", f"{pairing.bias}: {pairing.why}"
