@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from limbeck.curate.tools import refuse_tools
 from limbeck.errors import InputError, ModelError, Problem, RecipeError
 from limbeck.ledger.canonical import digest_file
 from limbeck.recipe import (
@@ -72,6 +73,8 @@ def preflight(recipe: Recipe, *, answered: bool = False) -> dict[str, Digest]:
     _check_server(recipe, errors)
     _check_told(recipe, errors)
     digests |= _check_models(recipe, errors)
+    if not answered and not errors:
+        refuse_tools(recipe)
     _raise(errors)
     return digests
 
@@ -261,7 +264,14 @@ def _check_learning(recipe: Recipe, errors: list[InputError]) -> None:
     from limbeck.train.stage import loss_of
 
     with _noting(errors, "train.loss"):
-        check_pairing(loss_of(recipe.train), recipe.signal.kind, allow_biased=recipe.train.allow_biased)
+        local = len(recipe.local_teachers) == len(recipe.teachers)
+        one = ("hidden",) if len(recipe.teachers) == 1 else ()
+        check_pairing(
+            loss_of(recipe.train),
+            recipe.signal.kind,
+            allow_biased=recipe.train.allow_biased,
+            kinds=("text", "sampled", "top_k", *one) if local else ("text", "top_k"),
+        )
     problems = []
     if recipe.signal.kind == "hidden" and len(recipe.teachers) > 1:
         remedy = "use signal: {kind: sampled}, which stores what each teacher says, or name one teacher"

@@ -23,6 +23,7 @@ from openai.types.chat import completion_create_params
 from openai.types.responses import response_create_params
 from pydantic import TypeAdapter
 
+import limbeck
 from limbeck.collect.contents import tools_of
 from limbeck.collect.endpoints.forms import strict
 from limbeck.collect.endpoints.teacher import Endpoint
@@ -30,10 +31,11 @@ from limbeck.collect.files import iter_file_prompts
 from limbeck.collect.journal import Journal
 from limbeck.curate.curate import curate
 from limbeck.curate.filters import make_filters
-from limbeck.errors import InputError, PromptError
+from limbeck.errors import InputError, ModelError, PromptError
 from limbeck.ledger import verify
 from limbeck.ledger.sealing import parse_row, read_rows
 from limbeck.models.speech import cannot_call
+from limbeck.preflight import preflight
 from limbeck.recipe import FilePrompts, Recipe
 from limbeck.records import Completion, Message, Prompt, Split, ToolCall, Verdict
 from limbeck.render.chat import ChatRenderer, Rendered, Said
@@ -291,6 +293,39 @@ def test_a_template_without_tools_drops_such_answers_and_says_why(tmp_path: Path
             continue
         with pytest.raises(InputError, match="dropped by tools"):
             curate(recipe, run)
+
+
+@pytest.mark.parametrize(
+    ("row", "more", "named"),
+    [
+        ({"prompt": "a"}, {"tools": [WEATHER]}, "collect.tools"),
+        ({"prompt": "a", "tools": [WEATHER]}, {}, "1 prompt has tools, the first at"),
+        ({"messages": HISTORY}, {}, "p.jsonl:9"),
+        ({"prompt": "a"}, {}, None),
+    ],
+)
+def test_a_template_without_tools_is_refused_before_anything_is_paid_for(
+    tmp_path: Path, row: dict[str, Any], more: dict[str, Any], named: str | None
+):
+    def by(template: str) -> Recipe:
+        student = tiny.save(tmp_path / f"student-{len(template)}", layers=1, template=template)
+        recipe = made(server.url, rows(tmp_path / "p.jsonl", *plain(8), row), **more)
+        return recipe.model_copy(update={"student": recipe.student.model_copy(update={"model": str(student)})})
+
+    with Server(Settings(words=8)) as server:
+        preflight(by(TOOLS_TEMPLATE))
+        recipe = by(tiny.CHATML)
+        preflight(recipe, answered=True)  # nothing is left to pay for: curating tells what it drops
+        if named is None:
+            preflight(recipe)
+            return
+        with pytest.raises(ModelError, match="paid for and then dropped") as error:
+            limbeck.run(recipe, tmp_path / "run")
+        assert server.bill.received == 0
+    (problem,) = error.value.problems
+    assert "says no tools" in problem.found
+    assert named in problem.found
+    assert not (tmp_path / "run").exists()
 
 
 def test_records_of_plain_text_have_the_digests_they_always_had():

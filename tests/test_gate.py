@@ -91,6 +91,10 @@ def test_one_models_weights_are_under_other_terms_by_its_makers_api(tmp_path):
     assert checked.exit_code == 1
     assert json.loads(checked.stdout)["verdict"] == "unknown"
     assert "maker-api" in json.loads(checked.stdout)["reason"]
+    refused = " ".join(call("run", there, "--out", tmp_path / "run").output.split())
+    assert "the route does not match" in refused
+    assert "route maker-api, and these terms are about self-hosted" in refused
+    assert "refused under" not in refused  # no clause was looked at
 
 
 def test_the_name_begins_as_the_licence_asks(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections.abc import Callable
 from typing import get_args
 
@@ -102,6 +104,27 @@ def test_all_refused_terms_are_named() -> None:
         "loss reverse_kl with signal sampled",
         "loss skew_kl with signal top_k",
     ]
+
+
+@pytest.mark.parametrize("kinds", [("text", "top_k"), ("text", "sampled", "top_k", "hidden")])
+def test_a_remedy_names_nothing_that_cannot_be_had(kinds: tuple[SignalKind, ...]) -> None:
+    """Every kind and every loss that a remedy names is taken, allow_biased is named only where it helps."""
+    for name, kind in itertools.product(LOSSES, kinds):
+        pairing = LOSSES[name].pairings[kind]
+        if pairing.bias == "none":
+            continue
+        with pytest.raises(RecipeError) as caught:
+            check_pairing(name, kind, kinds=kinds)
+        (remedy,) = (p.remedy for p in caught.value.problems)
+        named = set(re.findall(r"\w+", remedy))
+        free = {k for k, other in LOSSES[name].pairings.items() if other.bias == "none"}
+        if usable := free & set(kinds):
+            assert named & set(get_args(SignalKind)) == usable
+        else:
+            for other in named & set(LOSSES):
+                check_pairing(other, kind, kinds=kinds)
+        assert ("allow_biased" in named) == (pairing.bias == "biased")
+        assert usable or named & {*LOSSES, "allow_biased"}
 
 
 def test_text_is_not_called_forward_kl() -> None:

@@ -30,6 +30,7 @@ from limbeck.render.examples import make_example, make_set, write_examples
 from limbeck.rundir import RunDir
 from limbeck.student import begin as stage
 from limbeck.student.begin import begin
+from limbeck.student.calibrate import calibrate
 from limbeck.student.choose import Criterion, choose_layers
 from limbeck.student.layers import after, only, stack_of
 from limbeck.student.saving import prove, save
@@ -184,6 +185,52 @@ def test_a_forward_that_starts_in_the_middle_is_the_same():
     hook.remove()
     with after(model, [2, 3], seen[0]):
         assert torch.equal(logits_of(model), whole)
+
+
+def chat(name: str, prompt: int, answer: int) -> Example:
+    """A chat of so many tokens; its name is its completion."""
+    tokens_T = np.random.default_rng(prompt + answer).integers(3, 99, prompt + answer).astype(np.int32)
+    return make_example(tokens_T, np.arange(prompt + answer) >= prompt, prompt_id=D, completion=name, teacher="t",
+                        split=Split.TRAIN)  # fmt: skip
+
+
+def read_by(calibration) -> list[tuple[list[int], list[int]]]:
+    """Of each example: the tokens that are read, and those of them that are measured."""
+    rows = [
+        (tokens_T[seen_T == 1].tolist(), tokens_T[1:][at_T[:-1]].tolist())
+        for batch in calibration.batches
+        for tokens_T, seen_T, at_T in zip(batch.tokens_BT, batch.attention_BT, batch.predict_BT, strict=True)
+    ]
+    return sorted(rows)
+
+
+@pytest.mark.parametrize("prompt", [5, 95, 96, 300, 900])
+def test_an_answer_is_measured_however_long_its_prompt(prompt):
+    """Whole prompts, and the first tokens of each answer: as many of an answer to a long prompt as to a short one."""
+    whole = [chat("short", 5, 30), chat("long", prompt, 200)]
+    calibration = calibrate(tiny.llama(99, layers=2), whole, tokens=10**6)
+    due = [(e.tokens_T[:end].tolist(), e.tokens_T[start:end].tolist())
+           for e, start, end in zip(whole, (5, prompt), (35, prompt + 64), strict=True)]  # fmt: skip
+    assert read_by(calibration) == sorted(due)
+    assert calibration.positions == 30 + 64
+
+
+def test_too_long_examples_are_measured_last_and_never_all_dropped():
+    model, long, short = tiny.llama(99, layers=2), chat("long", 1500, 20), chat("short", 20, 20)
+    assert read_by(calibrate(model, [long, short], tokens=20)) == [
+        (short.tokens_T.tolist(), short.tokens_T[20:].tolist())
+    ]
+    [(read, measured)] = read_by(calibrate(model, [long], tokens=20))
+    assert read == long.tokens_T[-1024:].tolist()
+    assert measured == long.tokens_T[-20:].tolist()
+
+
+def test_short_answers_to_long_prompts_do_not_cost_without_end():
+    """Two tokens of 302 are measured: the bound on what is read ends the drawing, not the 100 tokens asked for."""
+    calibration = calibrate(tiny.llama(99, layers=2), [chat(f"c{i}", 300, 2) for i in range(30)], tokens=100)
+    read = sum(int(batch.attention_BT.sum()) for batch in calibration.batches)
+    assert 32 * 100 - 302 <= read <= 32 * 100
+    assert calibration.positions == read // 302 * 2
 
 
 def test_what_cannot_be_done_is_refused():

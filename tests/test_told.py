@@ -18,9 +18,11 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import limbeck
+from limbeck.cli.show import as_text, standing
 from limbeck.collect.endpoints.logprobs import Piece, read_logprobs
 from limbeck.collect.journal import Journal
 from limbeck.errors import InputError, ModelError
+from limbeck.export.words import from_the_words
 from limbeck.ledger import verify
 from limbeck.recipe import Recipe
 from limbeck.records import Completion
@@ -146,13 +148,32 @@ def test_tokens_of_another_tokenizer_are_refused_or_learned_from_the_words(tmp_p
             "take a student with the teacher's tokenizer and chat template, or set signal.unmatched: text"
         }
         made = recipe(server, tmp_path, other, signal={"unmatched": "text"})
-        limbeck.run(made, tmp_path / "b", until="annotate")
+        limbeck.run(made, tmp_path / "b")
     run = RunDir(tmp_path / "b")
     examples, store = signals(run, made)
     for example in examples:
         signal = store.take([example.id])
         assert signal.ids_NK[:, 0].tolist() == example.tokens_T[example.mask_T].tolist()
     assert annotate(made, run)["from_the_words"] == 1.0
+    told = "ll that it learned from is the words alone: at 100.0 % of the places"
+    card, page = ((run / name).read_text(encoding="utf-8") for name in ("student/README.md", "report.html"))
+    for text in (card, page, as_text(standing(run.root), facts=False)):
+        assert told in " ".join(text.split())
+    # What the timeline says of the rows, which are sealed before the gate is asked.
+    assert "gate not asked" not in page
+    assert "rows are sealed before the terms gate rules on all of them" in page
+
+
+@pytest.mark.parametrize(
+    ("share", "said"), [(0.02, "A part of what"), (0.5, "A part of"), (0.51, "Most of what"), (1.0, "All that")]
+)
+def test_what_was_learned_from_the_words_is_told(share: float, said: str):
+    assert from_the_words({"unmatched": "text", "from_the_words": share}).startswith(said)
+    assert f"at {100 * share:.1f}" in from_the_words({"unmatched": "text", "from_the_words": share})
+    # Without it only what ends a turn is, which no server tells.
+    assert from_the_words({"unmatched": "refuse", "from_the_words": share}) == ""
+    assert from_the_words({"unmatched": "text", "from_the_words": 1}).startswith("All")  # as the ledger gives 1.0 back
+    assert from_the_words({"unmatched": "text"}) == from_the_words({}) == ""
 
 
 @pytest.mark.parametrize("loss", sorted(set(LOSSES) - {"cross_entropy"}))
@@ -224,6 +245,12 @@ def test_what_cannot_be_asked_so_is_said_before_anything_is_spent(tmp_path: Path
             with pytest.raises(InputError) as error:
                 limbeck.run(recipe(server, tmp_path, student, **more), tmp_path / "run")
             assert where in {p.where for p in error.value.problems}
+        biased = recipe(server, tmp_path, student, train={"loss": "forward_kl"})
+        with pytest.raises(InputError) as error:
+            limbeck.run(biased, tmp_path / "run")
+        assert [p.remedy for p in error.value.problems] == [
+            "set allow_biased: true beside the loss, which the report then states"
+        ]
         assert server.bill.received == 0
     source = {"kind": "file", "path": "p.jsonl"}
     with pytest.raises(ValidationError, match=r"collect\.logprobs"):

@@ -13,6 +13,7 @@ from pydantic import JsonValue
 
 from limbeck.cli.edge import printable
 from limbeck.export.ledger import LedgerTold, ledger_told
+from limbeck.export.words import from_the_words
 from limbeck.ledger.staleness import stale_stages
 from limbeck.ledger.store import Ledger
 from limbeck.records import Entry, Score
@@ -155,6 +156,9 @@ def as_text(result: Standing, *, facts: bool) -> str:
         )
     if written := _written_rows(result):
         parts.append(_table(written))
+    if words := from_the_words(next((s.facts for s in result.stages if s.stage == "annotate" and s.done), {})):
+        words = words.replace("\N{NO-BREAK SPACE}", " ")
+        parts.append(f"note: {words[0].lower()}{words[1:]}")
     if ruled := _gate_rows(result):
         parts.append(_table(ruled))
     if money := _money_rows(result):

@@ -19,7 +19,7 @@ from limbeck.evaluate.scores import NAMES
 from limbeck.export.evidence import Evidence, read_evidence
 from limbeck.export.pruning import kept_of, narrowed
 from limbeck.export.teachers import drawn, reached, source_name
-from limbeck.export.words import duration, interval, markdown, number, one_line, percent, several, size
+from limbeck.export.words import duration, from_the_words, interval, markdown, number, one_line, percent, several, size
 from limbeck.ledger.canonical import CARD
 from limbeck.recipe import OnPolicy, PrunedStudent, Recipe
 from limbeck.rundir import RunDir, atomic
@@ -184,8 +184,7 @@ def environment() -> Environment:
         keep_trailing_newline=True,
     )
     made.filters |= {
-        "interval": interval, "number": number, "percent": percent, "reached": reached, "several": several,
-        "source_name": source_name,
-        "size": size,
+        "from_the_words": from_the_words, "interval": interval, "number": number, "percent": percent,
+        "reached": reached, "several": several, "source_name": source_name, "size": size,
     }  # fmt: skip
     return made

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Mapping
+
+from pydantic import JsonValue
 
 from limbeck.records import Score
 
@@ -86,6 +89,22 @@ def duration(seconds: float) -> str:
 def several(count: int, one: str, many: str | None = None) -> str:
     """`1 prompt`, `1,200 prompts`."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def from_the_words(annotated: Mapping[str, JsonValue]) -> str:
+    """What the facts of the stage annotate say of answers that were learned without the teacher's probabilities, as a
+    sentence. Empty where none may be (`signal.unmatched: text` lets them), or none was.
+    """
+    share = annotated.get("from_the_words")
+    if annotated.get("unmatched") != "text" or not isinstance(share, int | float):
+        return ""
+    most = "Most of what" if share > 0.5 else "A part of what"
+    what = f"{most} it learned from" if share < 1 else "All that it learned from"
+    return (
+        f"{what} is the words alone: at {percent(share)} of the places the teacher's probabilities were not used, "
+        "since they came for other tokens than the student's or not at all, and the token that was written counts as "
+        "certain (signal.unmatched: text)."
+    )
 
 
 def _shown(c: str) -> str:

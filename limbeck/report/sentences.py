@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from limbeck.export.evidence import Evidence
 from limbeck.export.pruning import kept_of
-from limbeck.export.words import one_line, percent, several
+from limbeck.export.words import from_the_words, one_line, percent, several
 from limbeck.recipe import PrunedStudent
 from limbeck.records import Score
 
@@ -24,11 +24,11 @@ class Sentence(NamedTuple):
 
 def in_plain_words(evidence: Evidence) -> list[list[Sentence]]:
     """Eight claims for somebody who never trained a model, in paragraphs, and one more each where a server said the
-    probabilities and where the loss was biased.
+    probabilities, where answers were learned from their words, and where the loss was biased.
     """
     return [
         [_what(evidence), _size(evidence)],
-        [_data(evidence), _lessons(evidence), *_server(evidence), *_bias(evidence)],
+        [_data(evidence), _lessons(evidence), *_server(evidence), *_words(evidence), *_bias(evidence)],
         [_agreement(evidence), _distance(evidence), _surprise(evidence)],
         [_limits(evidence)],
     ]
@@ -129,6 +129,12 @@ def _server(evidence: Evidence) -> list[Sentence]:
     who = f"{one_line(str(server.get('model')), 120)} at {one_line(str(server.get('base_url')), 120)}"
     text = f"How likely each next token is was said by a server, {who}; who answers there, it alone says."
     return [Sentence(text, "annotate")]
+
+
+def _words(evidence: Evidence) -> list[Sentence]:
+    """One sentence where answers were learned without the teacher's probabilities."""
+    told = from_the_words(evidence.facts("annotate"))
+    return [Sentence(told, "annotate")] if told else []
 
 
 def _bias(evidence: Evidence) -> list[Sentence]:

@@ -13,6 +13,7 @@ from limbeck.evaluate.scores import NAMES, SUBJECTS
 from limbeck.export.evidence import Evidence, Size, Speed
 from limbeck.export.pruning import kept_of, narrowed
 from limbeck.export.words import interval, number, one_line, percent, several, size
+from limbeck.ledger.merkle.fields import NOT_ASKED
 from limbeck.recipe import PrunedStudent, Use
 from limbeck.records import Digest, Entry, Score
 from limbeck.report.figures import loss_curve, score_dots
@@ -345,6 +346,8 @@ def _told(facts: Mapping[str, JsonValue]) -> Iterator[str]:
             continue
         if isinstance(value, int):
             yield f"{label} {value:,}"
+        elif (name, value) == ("gate", NOT_ASKED):
+            yield "rows are sealed before the terms gate rules on all of them: what it said stands in the entry of gate"
         elif isinstance(value, str) and len(value) <= 24:
             yield f"{label} {value}"
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -26,8 +27,13 @@ from limbeck.signal.types import SampledSignal
 
 TOKENS = 384
 """Supervised tokens that layers, heads and neurons are measured on."""
-_LONGEST = 96
-"""Tokens of a calibration example; the rest is cut off, so that more answers take part."""
+_ANSWER = 64
+"""Supervised tokens of one example, its first; the rest is cut off, so that more answers take part."""
+_LONGEST = 1024
+"""Tokens of one example, to the last that is measured. Shorter examples are drawn first; a longer one loses the
+beginning of its prompt, for every layer's output of every token is held."""
+_READ = 32
+"""Tokens read for each supervised token asked for, at most: short answers to long prompts would cost without end."""
 _TAU = 0.02
 _BATCH = 16
 _ROWS = 16
@@ -95,23 +101,36 @@ def stray(
 
 
 def _sample(examples: Sequence[Example], seed: int, tokens: int) -> list[Example]:
-    """Examples in random order, cut to `_LONGEST`, until they have so many supervised tokens."""
-    chosen: list[Example] = []
+    """Examples in random order, cut by `_cut`, until they have so many supervised tokens or were read enough."""
     stream = torch.Generator().manual_seed(derive_seed(seed, "student", "calibration"))
-    for i in torch.randperm(len(examples), generator=stream).tolist():
-        if tokens <= 0:
+    drawn = [examples[i] for i in torch.randperm(len(examples), generator=stream).tolist()]
+    drawn = sorted((e for e in drawn if e.supervised), key=lambda e: _end(e) > _LONGEST)
+    chosen, supervised, read = [], 0, 0
+    for cut in map(_cut, drawn):
+        read += len(cut.tokens_T)
+        if supervised >= tokens or (chosen and read > _READ * tokens):
             break
-        e = examples[i]
-        short = Example(e.id, e.tokens_T[:_LONGEST], e.mask_T[:_LONGEST], e.prompt_id, e.completion, e.teacher, e.split)
-        if short.supervised:
-            chosen.append(short)
-            tokens -= short.supervised
+        chosen.append(cut)
+        supervised += cut.supervised
     if not chosen:
-        found = f"{len(examples)} examples, none with an answer in its first {_LONGEST} tokens"
+        found = f"{len(examples)} examples, none with an answer"
         remedy = "collect more; layers alone can also be spaced evenly, by student.choose: even"
         problem = Problem("student", found, "at least one", remedy)
         raise ModelError("there is nothing to measure the student on", [problem])
     return chosen
+
+
+def _end(e: Example) -> int:
+    """Where the last token that is measured ends."""
+    return int(np.flatnonzero(e.mask_T)[:_ANSWER][-1]) + 1
+
+
+def _cut(e: Example) -> Example:
+    """The example to the last token that is measured; `_LONGEST` tokens, the last, where it is longer."""
+    own = slice(max(0, _end(e) - _LONGEST), _end(e))
+    mask_T = e.mask_T[own].copy()
+    mask_T[0] = False  # nothing predicts it
+    return Example(e.id, e.tokens_T[own], mask_T, e.prompt_id, e.completion, e.teacher, e.split)
 
 
 def _nats(logits_NV: Tensor, signal: SampledSignal) -> float:

@@ -28,6 +28,8 @@ class Outcome(StrEnum):
 
 
 STRICTNESS = {outcome: place for place, outcome in enumerate(Outcome)}
+OTHER_ROUTE = "the outputs came by the route"
+"""How the reason begins where the terms are about another route."""
 PASSING = frozenset({Outcome.ALLOWED, Outcome.WAIVED})
 
 
@@ -57,7 +59,7 @@ def rule_route(terms_id: str, use: Use, day: dt.date | None, route: str) -> Ruli
         return rule(terms_id, use, dt.date.min)
     due = "self-hosted" if terms_id == OWN_MODEL else find(terms_id).route
     if route != due:
-        told = f"the outputs came by the route {route}, and these terms are about {due}"
+        told = f"{OTHER_ROUTE} {route}, and these terms are about {due}"
         return Ruling(terms_id, Outcome.UNKNOWN, "" if terms_id == OWN_MODEL else find(terms_id).clause, told, ())
     if day is None and terms_id != OWN_MODEL:
         told = "nobody said on which day the outputs were generated"

@@ -16,7 +16,7 @@ from limbeck.ledger.merkle.tree import root
 from limbeck.ledger.sealing import parse_row, read_rows
 from limbeck.recipe import Recipe
 from limbeck.rundir import RunDir, atomic
-from limbeck.terms.gate import STRICTNESS, Outcome, strictest
+from limbeck.terms.gate import OTHER_ROUTE, STRICTNESS, Outcome, strictest
 from limbeck.terms.obligations import name_problems
 from limbeck.terms.rulings import GATE, ROWS, RULINGS, TOKEN, Judged, Ruled, Rulings, WaiverSeen, judge
 from limbeck.terms.sources import Source, day_of, declared, prompt_files, rows_behind, signals, today, writer
@@ -181,6 +181,11 @@ def _found(one: Ruled) -> str:
         return f"terms: unknown; {one.reason}, and unknown refuses"
     if one.reason.startswith("refused under"):
         return one.reason
+    if _other_route(one):
+        return (
+            f"the route does not match: {one.reason} (version {one.terms}); what holds by the other route is unknown, "
+            "and unknown refuses"
+        )
     clause = f"clause {one.clause}, version {one.terms}" if one.clause else f"terms {one.terms}"
     return f"refused under our reading of {clause}: {one.reason}; that is unknown, and unknown refuses"
 
@@ -192,9 +197,14 @@ def _remedy(one: Ruled) -> str:
             "own; or take another teacher, or a waiver (`limbeck terms waive`)"
         )
     other = "take another teacher or another use, or a waiver (`limbeck terms waive`)"
-    if one.ruling.verdict is Outcome.UNKNOWN and one.reason.startswith("the outputs came by"):
+    if _other_route(one):
         return f"name the terms of that route, or say `route:` where it is another; or {other}"
     return other
+
+
+def _other_route(one: Ruled) -> bool:
+    """Whether no clause was looked at, since the terms are about another route."""
+    return one.ruling.verdict is Outcome.UNKNOWN and one.reason.startswith(OTHER_ROUTE)
 
 
 def refuse_before(recipe: Recipe) -> None:

@@ -16,9 +16,9 @@ Conventions that hold for every function here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -212,26 +212,42 @@ def terms_of(loss: LossSpec) -> tuple[Loss, ...]:
     return terms
 
 
-def check_pairing(loss: LossSpec, signal_kind: SignalKind, *, allow_biased: bool = False) -> tuple[Pairing, ...]:
-    """How each term of `loss` pairs with its signal: the kind it names, or else `signal_kind`.
+def check_pairing(
+    loss: LossSpec,
+    signal_kind: SignalKind,
+    *,
+    allow_biased: bool = False,
+    kinds: Collection[SignalKind] = get_args(SignalKind),
+) -> tuple[Pairing, ...]:
+    """How each term of `loss` pairs with its signal: the kind it names, or else `signal_kind`. `kinds` are those that
+    can be had instead, which a remedy names.
 
     Raises `RecipeError` for a biased pairing without `allow_biased`, and for one that has no meaning at all.
     """
     terms = terms_of(loss)
-    kinds: list[SignalKind] = [term.on or signal_kind for term in terms]
-    pairings = tuple(LOSSES[t.name].pairings[kind] for t, kind in zip(terms, kinds, strict=True))
+    taken: list[SignalKind] = [term.on or signal_kind for term in terms]
+    pairings = tuple(LOSSES[t.name].pairings[kind] for t, kind in zip(terms, taken, strict=True))
     problems = []
-    for term, kind, pairing in zip(terms, kinds, pairings, strict=True):
+    for term, kind, pairing in zip(terms, taken, pairings, strict=True):
         if pairing.bias == "none" or (pairing.bias == "biased" and allow_biased):
             continue
-        usable = ", ".join(k for k, p in LOSSES[term.name].pairings.items() if p.bias == "none")
-        other = ", or allow_biased: true, which the report then states" if pairing.bias == "biased" else ""
         where, found = f"loss {term.name} with signal {kind}", f"{pairing.bias}: {pairing.why}"
-        remedy = f"use a signal of kind {usable}{other}"
-        problems.append(Problem(where, found, "a pairing without bias", remedy))
+        problems.append(Problem(where, found, "a pairing without bias", _remedy(term.name, kind, pairing, kinds)))
     if problems:
         raise RecipeError("this loss cannot be computed from this signal", problems)
     return pairings
+
+
+def _remedy(name: str, kind: SignalKind, pairing: Pairing, kinds: Collection[SignalKind]) -> str:
+    """What to do instead of a biased or unusable pairing."""
+    ways = []
+    if usable := [k for k, p in LOSSES[name].pairings.items() if p.bias == "none" and k in kinds]:
+        ways.append(f"use a signal of kind {', '.join(usable)}")
+    elif losses := [other for other, declared in LOSSES.items() if declared.pairings[kind].bias == "none"]:
+        ways.append(f"use the loss {', '.join(losses)}")
+    if pairing.bias == "biased":
+        ways.append("set allow_biased: true beside the loss, which the report then states")
+    return ", or ".join(ways) or "use another loss with another kind of signal"
 
 
 def wide(logits: Tensor) -> Tensor:
