@@ -7,6 +7,7 @@ import socket
 import time
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -29,7 +30,7 @@ def dead_port() -> int:
         return free.getsockname()[1]
 
 
-def written(tmp_path: Path, url: str, **collect: object) -> Path:
+def written(tmp_path: Path, url: str, **collect: Any) -> Path:
     """A recipe file with a teacher at `url`, and a student that loads."""
     recipe = made(url, file_of(tmp_path, 16), teacher={"price": {"input": 1, "output": 2}}, **collect)
     values = recipe.model_dump(mode="json")
