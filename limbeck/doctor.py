@@ -196,9 +196,11 @@ def _gib(size: int) -> str:
 def _extras() -> list[Finding]:
     found = []
     for extra in extras():
+        name = f"extra [{extra.name}]"
         for package in extra.packages:
-            value = f"{package.name} {package.installed or 'not installed'}"
-            if package.installed and not package.good:
-                value += f", needs {package.at_least} or newer"
-            found.append(Finding(f"extra [{extra.name}]", value, "" if package.good else extra.remedy))
+            if package.installed:
+                older = "" if package.good else f", needs {package.at_least} or newer"
+                found.append(Finding(name, f"{package.name} {package.installed}{older}", extra.remedy if older else ""))
+        if missing := ", ".join(package.name for package in extra.packages if not package.installed):
+            found.append(Finding(name, f"{missing} not installed", extra.remedy))
     return found

@@ -51,10 +51,11 @@ _FOR_ENDPOINTS = ("aiohttp", "genai_prices", "orjson")
 """What teachers behind endpoints need: the extra `collect`."""
 
 
-def preflight(recipe: Recipe, *, answered: bool = False) -> dict[str, Digest]:
+def preflight(recipe: Recipe, *, answered: bool = False, unasked: bool = False) -> dict[str, Digest]:
     """Check prompts, terms and models; gives the digests of what lies outside RUN, by `prompts:PATH`, `answers:PATH`,
     `waiver:PATH`, `teacher:NAME` and `student:REF`. Where all answers are there already, the gate rules on them by the
-    days they were generated, and nothing is said of today.
+    days they were generated, and nothing is said of today. Where nothing was asked yet (`unasked`), the endpoints' keys
+    are read too.
 
     Raises `PromptError` or `ModelError`, or `InputError` where both kinds of thing are wrong; `RefusedError` where the
     terms of the teachers' outputs do not let the recipe's use through.
@@ -64,7 +65,7 @@ def preflight(recipe: Recipe, *, answered: bool = False) -> dict[str, Digest]:
     digests = _check_prompts(recipe, errors)
     _check_terms(recipe, errors)
     _check_references(recipe, errors)
-    _check_endpoints(recipe, errors)
+    _check_endpoints(recipe, errors, unasked)
     digests |= {f"waiver:{path}": digest_file(path) for path in recipe.waivers if Path(path).is_file()}
     _raise(errors)
     if not answered:
@@ -184,9 +185,9 @@ def _check_references(recipe: Recipe, errors: list[InputError]) -> None:
             check_reference(ref)
 
 
-def _check_endpoints(recipe: Recipe, errors: list[InputError]) -> None:
-    """What endpoints need, and prices where there is a cap. Keys are read when they are needed: a run whose answers are
-    all journaled needs none.
+def _check_endpoints(recipe: Recipe, errors: list[InputError], unasked: bool) -> None:
+    """What endpoints need, prices where there is a cap, and keys where nothing was asked yet. Else keys are read when
+    they are needed: a run whose answers are all journaled needs none.
     """
     endpoints = [teacher for teacher in recipe.teachers if isinstance(teacher, EndpointTeacher)]
     if not endpoints:
@@ -198,8 +199,14 @@ def _check_endpoints(recipe: Recipe, errors: list[InputError]) -> None:
     if recipe.collect.ray is not None and find_spec("ray") is None:
         problem = Problem("collect.ray", "this Python is without ray", "it", "pip install 'limbeck[ray]'")
         errors.append(InputError("a package is missing", [problem]))
+    from limbeck.collect.endpoints.keys import read_key
     from limbeck.collect.endpoints.prices import prices_of
 
+    for teacher in endpoints if unasked else ():
+        try:
+            read_key(teacher)
+        except InputError as error:
+            errors.append(error)
     unknown = [t for t in endpoints if recipe.collect.budget.money is not None and prices_of(t) is None]
     for teacher in unknown:
         found = f"{teacher.model} at {teacher.base_url}, whose prices nobody says"

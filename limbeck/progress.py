@@ -151,6 +151,11 @@ class Progress:
         with RichProgress(*columns, console=self._console, expand=True) as bars:
             yield _RichLine(bars, bars.add_task(name, total=total, unit=unit, note=""))
 
+    def begin(self, text: str) -> None:
+        """What begins now, as a line of the log; a terminal shows its bar at once and needs none."""
+        if self._plain is not None:
+            self._plain(text)
+
     def say(self, text: str) -> None:
         """A line of plain text on the terminal, if there is one."""
         if self._console is not None:

@@ -146,12 +146,13 @@ def run(
         EndpointError: an endpoint left prompts without an answer; what was answered is kept.
         DiskFullError: no room; what was finished is kept.
     """
+    from limbeck.collect.journal import journal_path
     from limbeck.errors import InputError, Problem
     from limbeck.ledger.signing.checkpoints import sign_if_due
     from limbeck.ledger.store import Ledger
     from limbeck.preflight import preflight
     from limbeck.recipe_file import load_recipe
-    from limbeck.rundir import open_run, refuse_unfit
+    from limbeck.rundir import RunDir, open_run, refuse_unfit
 
     recipe = load_recipe(recipe) if isinstance(recipe, str | os.PathLike) else recipe
     if until not in (names := [stage.name for stage in STAGES]):
@@ -160,7 +161,11 @@ def run(
         ranks.follow(partial(_together, recipe, out))
         return open_result(out)
     refuse_unfit(out, recipe)
-    sources = preflight(recipe, answered=offline or (Path(out) / "completions.parquet").exists())
+    sources = preflight(
+        recipe,
+        answered=offline or (Path(out) / "completions.parquet").exists(),
+        unasked=not offline and not journal_path(recipe, RunDir(out)).exists(),
+    )
     with open_run(out, recipe, progress) as held, Ledger(held / "ledger.db") as ledger:
         held.offline = offline
         for place, stage in enumerate(STAGES):

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 _HALF = ".half"
 """Suffix of a file or directory that is still being written."""
 
+_BEFORE_AN_ENTRY = (".", "journal.db", "ledger.db", "recipe.yaml", "prompts.parquet")
+"""How the names begin that can lie in RUN before its ledger has an entry."""
+
 
 @contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -125,7 +128,8 @@ class RunDir:
 @contextmanager
 def open_run(root: str | os.PathLike[str], recipe: Recipe, progress: Progress | None = None) -> Iterator[RunDir]:
     """Hold a RUN directory for writing: make it if it is not there, refuse it if another recipe made it or another
-    process holds it. The hold ends with the process, however it ends.
+    process holds it. Where the ledger has no entry yet, nothing was made: another recipe takes its place, and the
+    journal stays. The hold ends with the process, however it ends.
 
     Raises:
         RunDirError: all keys in which the recipes differ, with both values; or who holds the directory.
@@ -135,7 +139,7 @@ def open_run(root: str | os.PathLike[str], recipe: Recipe, progress: Progress | 
     run.root.mkdir(parents=True, exist_ok=True)
     with open(run / ".lock", "a+", encoding="utf-8") as lock:
         _hold(lock, run.root)
-        if (run / "recipe.yaml").exists():
+        if (run / "recipe.yaml").exists() and not _unbegun(run):
             _refuse_other_recipe(run, recipe)
         else:
             text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -152,8 +156,15 @@ def refuse_unfit(root: str | os.PathLike[str], recipe: Recipe) -> None:
     """
     run = RunDir(root)
     _refuse_foreign(run.root)
-    if (run / "recipe.yaml").exists():
+    if (run / "recipe.yaml").exists() and not _unbegun(run):
         _refuse_other_recipe(run, recipe)
+
+
+def _unbegun(run: RunDir) -> bool:
+    """Whether no stage has left an entry, nor a later one its files: a RUN that lost its ledger was begun."""
+    from limbeck.ledger.store import is_empty
+
+    return all(path.name.startswith(_BEFORE_AN_ENTRY) for path in run.root.iterdir()) and is_empty(run / "ledger.db")
 
 
 def _refuse_foreign(root: Path) -> None:

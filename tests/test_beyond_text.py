@@ -177,6 +177,16 @@ def test_answers_are_held_against_their_schema(tmp_path: Path, kind: str):
         jsonschema.validate(json.loads(completion.text), SCHEMA)
     assert all(c.mismatch and "not JSON" in c.mismatch for c in bad)
     assert facts["money"]["wasted"]["schema"]["answers"] == 6
+    assert {kind: one["count"] for kind, one in facts["money"]["waste"].items()} == {
+        "not what their schema asks for": 6
+    }
+    run = RunDir(tmp_path / "b")
+    with pytest.raises(InputError) as caught:
+        curate(recipe, run)
+    told = caught.value.problems[0]
+    assert f"the first: schema: {bad[0].mismatch}"[:120] in told.found
+    assert "max_tokens" not in told.remedy
+    assert "collect.json_schema" in told.remedy
     cannot = make_filters(recipe.curate, lambda _: None)
     assert {cannot[0].judge(c) is None for c in good} == {True}
     assert {f.name for f in cannot if f.judge(bad[0])} == {"schema"}

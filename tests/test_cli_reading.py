@@ -283,6 +283,17 @@ def test_doctor_says_what_is_here_and_what_to_install(monkeypatch):
     assert "-> pip install 'limbeck[dev]'" in call("doctor").stdout
 
 
+def test_doctor_names_what_an_extra_lacks_in_one_line(monkeypatch):
+    lacking = [f"nothing-such-{n}; extra == 'dev'" for n in range(17)]
+    monkeypatch.setattr(doctor, "requires", lambda _: [*lacking, "pytest; extra == 'dev'"])
+    told = [finding for finding in json.loads(call("doctor", "--json").stdout) if finding["name"] == "extra [dev]"]
+    assert [finding["value"] for finding in told] == [
+        f"pytest {pytest.__version__}",
+        f"{', '.join(f'nothing-such-{n}' for n in range(17))} not installed",
+    ]
+    assert [finding["remedy"] for finding in told] == ["", "pip install 'limbeck[dev]'"]
+
+
 @pytest.mark.parametrize(
     ("installed", "at_least", "good"),
     [

@@ -106,6 +106,7 @@ def test_a_log_gets_its_lines_also_while_nothing_comes_back(tmp_path: Path, monk
     assert 2 <= len(silent) <= 5
     assert all(text.startswith("collect: 0/8 answers") and "8 at once" in text for text in silent[1:])
     assert all("of $3.00" in text for text in silent)
+    assert silent[0] == f"collect: 8 answers of toy at {server.url}/v1, for at most the cap of $3.00"
 
 
 def test_what_was_wasted_is_summed_by_kind_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

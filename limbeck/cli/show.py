@@ -16,6 +16,7 @@ from limbeck.export.ledger import LedgerTold, ledger_told
 from limbeck.export.words import from_the_words
 from limbeck.ledger.staleness import stale_stages
 from limbeck.ledger.store import Ledger
+from limbeck.recipe import EndpointTeacher, Recipe
 from limbeck.records import Entry, Score
 from limbeck.run import STAGES
 from limbeck.rundir import RunDir
@@ -47,6 +48,18 @@ class Share(NamedTuple):
     """Of all supervised tokens."""
 
 
+class Collecting(NamedTuple):
+    """What the journal holds as long as the stage has no entry: it goes on, was stopped by a cap, or was killed."""
+
+    journal: str
+    answers: int
+    """In the journal, those to other recipes included where it is shared."""
+    requests: dict[str, int]
+    """Sent for this recipe, by outcome."""
+    spent_dollars: float | None
+    """At most, for this recipe, whatever its cap was; None where no prices are known."""
+
+
 @dataclass(frozen=True)
 class Standing:
     """What a run has come to so far. What a stale stage made is left out."""
@@ -56,6 +69,8 @@ class Standing:
     stages: tuple[StageState, ...]
     scores: tuple[Score, ...]
     shares: tuple[Share, ...]
+    collecting: Collecting | None
+    """None where collecting has not begun, or is done: then the facts of its stage say it."""
     ledger: LedgerTold | None
     """None where nothing was recorded yet."""
     student: str | None
@@ -67,6 +82,7 @@ class Standing:
             "stages": [stage._asdict() for stage in self.stages],
             "scores": [score.model_dump(mode="json") for score in self.scores],
             "shares": [share._asdict() for share in self.shares],
+            "collecting": None if self.collecting is None else self.collecting._asdict(),
             "ledger": None if self.ledger is None else self.ledger._asdict() | {"trust": self.ledger.trust},
         }
         return json.dumps(values, ensure_ascii=False, indent=2)
@@ -83,7 +99,7 @@ def standing(root: str | os.PathLike[str]) -> Standing:
     from limbeck.run import open_result
 
     run = RunDir(root)
-    name = run.recipe().name
+    recipe = run.recipe()
     entries: list[Entry] = []
     told = None
     if (run / "ledger.db").exists():
@@ -96,14 +112,28 @@ def standing(root: str | os.PathLike[str]) -> Standing:
     result = open_result(run.root)
     return Standing(
         run=os.fspath(root),
-        name=name,
+        name=recipe.name,
         stages=tuple(_state(stage.name, latest.get(stage.name), stage.name in stale) for stage in STAGES),
         scores=result.scores if "evaluate" in done else (),
         shares=_shares(run) if "render" in done else (),
+        collecting=None if "collect" in done else _collecting(recipe, run),
         ledger=told,
         student=os.fspath(result.student) if "train" in done and result.student.exists() else None,
         report=os.fspath(result.report) if "report" in done and result.report.exists() else None,
     )
+
+
+def _collecting(recipe: Recipe, run: RunDir) -> Collecting | None:
+    from limbeck.collect.endpoints.prices import dollars
+    from limbeck.collect.glance import glance
+    from limbeck.collect.journal import journal_path
+
+    path = journal_path(recipe, run)
+    if (seen := glance(path, recipe.account)) is None:
+        return None
+    endpoints = [teacher for teacher in recipe.teachers if isinstance(teacher, EndpointTeacher)]
+    priced = seen.cost or (endpoints and all(teacher.price for teacher in endpoints))
+    return Collecting(os.fspath(path), seen.answers, seen.requests, dollars(seen.cost) if priced else None)
 
 
 def _shares(run: RunDir) -> tuple[Share, ...]:
@@ -161,6 +191,8 @@ def as_text(result: Standing, *, facts: bool) -> str:
         parts.append(f"note: {words[0].lower()}{words[1:]}")
     if ruled := _gate_rows(result):
         parts.append(_table(ruled))
+    if result.collecting:
+        parts.append(_table(_collecting_rows(result.collecting)))
     if money := _money_rows(result):
         parts.append(_table(money))
     if result.ledger:
@@ -197,6 +229,13 @@ def _gate_rows(result: Standing) -> list[tuple[str, ...]]:
     rows = [("terms gate", verdict, f"{told}; all in {result.run}/gate/rulings.json")]
     found = rulings_of(result.run)
     return rows + [("", "waiver", waiver.words) for waiver in (found.waivers if found else ())]
+
+
+def _collecting_rows(told: Collecting) -> list[tuple[str, ...]]:
+    rows = [("not all collected", "answers", f"{told.answers:,} in {told.journal}")]
+    rows += [("", f"requests: {outcome}", f"{count:,}") for outcome, count in sorted(told.requests.items())]
+    spent = [("", "US dollars at most", _dollars(told.spent_dollars))] if told.requests else []
+    return rows + spent
 
 
 def _ledger_rows(told: LedgerTold) -> list[tuple[str, ...]]:

@@ -21,7 +21,7 @@ from limbeck.collect.shards import merge_shards
 from limbeck.collect.teachers import Request, Teacher, Writing, make_teacher
 from limbeck.errors import PromptError
 from limbeck.progress import Line
-from limbeck.recipe import Recipe
+from limbeck.recipe import EndpointTeacher, Recipe
 from limbeck.records import Completion, Digest, Prompt
 from limbeck.rundir import RunDir, atomic
 from limbeck.tables import RecordFile, count_records, read_records
@@ -74,6 +74,7 @@ def collect(recipe: Recipe, run: RunDir, *, account: Digest | None = None) -> di
         with atomic(run / "completions.parquet") as half, RecordFile(half, Completion) as file:
             completing = Completing(file, recipe, _account(teachers, recipe))
             ahead = Ahead(completing, journal)
+            run.progress.begin(_beginning(recipe, total))
             with run.progress.line("collect", total, "answers") as line:
                 spent = _ask_all(teachers, recipe, run, journal, line, account, ahead)
             ahead.make()
@@ -92,6 +93,15 @@ def collect(recipe: Recipe, run: RunDir, *, account: Digest | None = None) -> di
         "tokens_generated": sum(part.tokens for part in spent),
         "seconds": round(time.monotonic() - started, 3),
     }
+
+
+def _beginning(recipe: Recipe, total: int) -> str:
+    """What is asked of whom, in a line."""
+    asked = ", ".join(
+        f"{t.name} at {t.base_url}" if isinstance(t, EndpointTeacher) else t.name for t in recipe.teachers
+    )
+    cap = recipe.collect.budget.money
+    return f"collect: {total:,} answers of {asked}{'' if cap is None else f', for at most the cap of ${cap:,.2f}'}"
 
 
 @contextmanager

@@ -204,7 +204,7 @@ class Journal:
     def outcomes(self, account: Digest) -> dict[str, Outcomes]:
         """The requests of one account by their outcome; those under way as `killed`, or as `in a batch`."""
         with self._telling():
-            rows = self._db.execute(_OUTCOMES, (KILLED, account)).fetchall()
+            rows = self._db.execute(OUTCOMES, (KILLED, account)).fetchall()
         return {outcome: Outcomes(requests, cost) for outcome, requests, cost in rows}
 
     def took(self, key: Digest) -> Took:
@@ -376,7 +376,7 @@ _END = (
 _TIMES = "SELECT started, ended FROM sent WHERE key = ? AND outcome = 'answered' ORDER BY number DESC LIMIT 1"
 _BATCHED = "number IN (SELECT number FROM batch_rows)"
 _KILL = f"UPDATE sent SET outcome = ?, cost = held, ended = ? WHERE outcome IS NULL AND NOT {_BATCHED}"
-_OUTCOMES = (
+OUTCOMES = (
     f"SELECT coalesce(outcome, iif({_BATCHED}, '{IN_BATCH}', ?)), count(*), sum(coalesce(cost, held)) FROM sent "
     "WHERE account = ? GROUP BY 1"
 )

@@ -13,6 +13,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from limbeck.collect.journal import Ended, Journal, Kept, Sent
@@ -43,7 +44,7 @@ class Writer:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self._path, self._loop = path, asyncio.get_running_loop()
+        self.path, self._loop = Path(path), asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[list[_Entry] | None] = queue.SimpleQueue()
         self._new: list[_Entry] = []
         """What came in this turn of the event loop: handed over together, for each waking of the thread costs both."""
@@ -92,7 +93,7 @@ class Writer:
     def _work(self) -> None:
         error: Exception | None = RuntimeError("the journal's writer ended early")
         try:
-            with Journal(self._path) as journal:
+            with Journal(self.path) as journal:
                 self._write(journal)
             error = None
         except (sqlite3.Error, OSError, InputError) as found:

@@ -9,6 +9,7 @@ from functools import cache
 
 from pydantic import JsonValue
 
+from limbeck.collect.rows import shown
 from limbeck.curate.filters import ALWAYS, Filter, make_filters
 from limbeck.errors import InputError, Problem
 from limbeck.recipe import Recipe
@@ -74,10 +75,13 @@ class Tally:
 
     counts: Counter[tuple[Split, str]] = field(default_factory=Counter)
     teachers: Counter[str] = field(default_factory=Counter)
+    first: dict[tuple[Split, str], str] = field(default_factory=dict)
+    """Why a filter dropped the first answer of a split that it dropped."""
 
     def add(self, completion: Completion, verdict: Verdict) -> None:
         """Count one."""
         self.counts[completion.split, verdict.filter] += 1
+        self.first.setdefault((completion.split, verdict.filter), verdict.reason)
         self.teachers[completion.teacher] += verdict.keep
 
     def facts(self, filters: Sequence[Filter]) -> dict[str, JsonValue]:
@@ -110,9 +114,10 @@ class Tally:
             )
         by_count = sorted(dropped, key=lambda f: -dropped[f])
         counts = ", ".join(f"{f.name} {dropped[f]}" for f in by_count)
+        first = ", ".join(f"{f.name}: {shown(self.first[split, f.name], 160)}" for f in by_count)
         return Problem(
             f"{where}: split {split}",
-            f"0 of {sum(dropped.values())} answers kept; dropped by {counts}",
+            f"0 of {sum(dropped.values())} answers kept; dropped by {counts}; the first: {first}",
             "at least 1 kept answer",
             "; or ".join(f.loosen for f in by_count),
         )

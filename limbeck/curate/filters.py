@@ -123,7 +123,7 @@ class Schema:
     """Drops answers that are not what their JSON schema asks for."""
 
     name: ClassVar[str] = "schema"
-    loosen: ClassVar[str] = "loosen collect.json_schema, raise collect.max_tokens, or take a teacher that keeps to it"
+    loosen: ClassVar[str] = "loosen collect.json_schema, or take a teacher that keeps to it"
 
     def judge(self, completion: Completion) -> str | None:
         """See `Filter.judge`."""

@@ -294,6 +294,14 @@ def at_rest(path: Path) -> str:
     return ""
 
 
+def is_empty(path: Path) -> bool:
+    """Whether there is no ledger yet, or one without an entry. Raises `RunDirError` as `Ledger` does."""
+    if not path.exists() or not path.stat().st_size:
+        return True
+    with Ledger(path, read_only=True) as ledger:
+        return not ledger.entries()
+
+
 def _connect(path: Path, read_only: bool, as_it_lies: bool = False) -> sqlite3.Connection:
     """A reader opens the file for writing where it may, only so that SQLite can undo an append that a crash
     cut off.

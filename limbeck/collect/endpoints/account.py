@@ -2,7 +2,8 @@
 
 Billed is what the provider counted; where it did not say, because an answer was lost on its way, the most that it can
 have been. Wasted is what bought no usable answer: requests that were lost (and were sent again), and answers that were
-cut off, refused, filtered or unreadable. Answers that are cut off are no waste where the recipe keeps them.
+cut off, refused, filtered, unreadable or not what their schema asks for. Answers that are cut off are no waste where
+the recipe keeps them.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ _KINDS = {
     "refusal": "refusals",
     "content_filter": "refusals",
     "malformed": "unparsable",
-    "schema": "unparsable",
+    "schema": "not what their schema asks for",
     "error": "refused requests",
     "killed": "in flight when a run was killed",
 }

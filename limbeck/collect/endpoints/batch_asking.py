@@ -55,7 +55,8 @@ async def _ask(
     key: str | None,
 ) -> Asked:
     prices, api = batch_prices_of(teacher.settings, settings.price_share), make_api(teacher)
-    status, reasons = BatchStatus(line, purpose.budget.cap, prices is not None), Reasons(teacher.identity.name)
+    status = BatchStatus(line, purpose.budget.cap, prices is not None)
+    reasons = Reasons(teacher.identity.name, purpose.journal)
     http = BatchHttp(teacher.dialect.headers(key), teacher.settings.timeout)
     with BatchLog(purpose.journal) as log, tempfile.TemporaryDirectory(prefix="limbeck-batch-") as place:
         budget, held = purpose.budget, log.held_in_batches(purpose.account)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 from limbeck.collect.endpoints.budget import Budget
 from limbeck.collect.endpoints.fates import message
@@ -15,8 +16,8 @@ _AGAIN = "run the same command again: what was answered is not asked again"
 class Reasons:
     """Collects the reasons; the first one to stop counts."""
 
-    def __init__(self, teacher: str):
-        self._teacher = teacher
+    def __init__(self, teacher: str, journal: Path):
+        self._teacher, self._journal = teacher, journal
         self._unanswered: Counter[str] = Counter()
         self.stop: Exception | None = None
 
@@ -41,8 +42,8 @@ class Reasons:
         cap, spent = dollars(budget.cap or 0), dollars(budget.spent)
         found = f"{spent:.6f} US dollars spent or maybe spent, and the next request might pass the cap"
         remedy = (
-            "raise collect.budget.money: in a recipe for another RUN that shares or copies the journal; or set "
-            "collect.unanswered: leave_out to go on with what was answered"
+            "raise collect.budget.money, or set collect.unanswered: leave_out to go on with what was answered; either "
+            f"with another --out and collect.journal: {self._journal}, so that what was answered is not paid for again"
         )
         return RefusedError(
             "the money cap is reached", [Problem("collect.budget.money", found, f"{cap} at most", remedy)]
@@ -69,6 +70,12 @@ class Reasons:
     def given_up(self, said: str) -> LimbeckError:
         """The endpoint failed for too long."""
         return self._error("the endpoint fails", f"no success for minutes, the last: {said}", "answers", _AGAIN)
+
+    def unreachable(self, address: str, why: str) -> LimbeckError:
+        """No request of this command ever reached it."""
+        remedy = "check teacher.base_url (another one needs another --out), and that it answers from here"
+        problem = Problem(f"teacher {self._teacher}: {address}", why, "a connection", f"{remedy}; then {_AGAIN}")
+        return EndpointError("the endpoint cannot be reached", [problem])
 
     def interrupted(self) -> Exception:
         """Somebody pressed Ctrl-C."""

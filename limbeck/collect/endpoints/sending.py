@@ -40,6 +40,8 @@ _TOO_LONG = 3600.0
 """Seconds beyond which a `Retry-After` is a quota that is used up."""
 _LAG = 2048
 """Outcomes that may be on their way to the disk; memory grows no further."""
+_UNREACHED = 60.0
+"""Seconds after which an endpoint that no request ever reached is given up, if one is not out of attempts before."""
 _ALL_REFUSED = 8
 """Prompts refused before any was answered, from which on it is the settings that are wrong."""
 
@@ -94,9 +96,13 @@ class Sender:
         self._workers: list[asyncio.Task[None]] = []
         self._flying: set[asyncio.Task[None]] = set()
         self._good = known_good
+        self._reached = self._hopeless = False
+        """Whether a request has come to the endpoint; if not, whether to give it up when nothing is under way."""
+        self._first_failed: float | None = None
+        """When the first request left that found nobody."""
         self._aside: list[tuple[Job, bytes, int]] = []
         """Refused prompts, as long as it is not known whether anything is answered at all."""
-        self.reasons = Reasons(teacher.identity.name)
+        self.reasons = Reasons(teacher.identity.name, writer.path)
         self.number = number
 
     async def run(self, workers: int) -> Exception | None:
@@ -219,8 +225,22 @@ class Sender:
         self._pacer.failed(self._now, started)
         self._over(number, held, cost, error.kind)
         self._retry(job, error.kind, None)
+        if error.kind != "connect":
+            self._reached = True
+        elif not self._reached:
+            self._nobody_there(job, started, error)
+
+    def _nobody_there(self, job: Job, started: float, error: NoReplyError) -> None:
+        """No request came through yet. Where nobody listens, waiting long for it to get better helps no one."""
+        self._first_failed = started if self._first_failed is None else min(started, self._first_failed)
+        next_one = self._now + self._pacer.paused_for(self._now)
+        out_of_attempts = job.attempts + 1 >= self._teacher.settings.attempts
+        self._hopeless |= out_of_attempts or next_one - self._first_failed > _UNREACHED
+        if self._hopeless and not self._pacer.active:  # another one may have come through
+            self.stop(self.reasons.unreachable(self._teacher.address, error.why))
 
     async def _reply(self, job: Job, number: int, held: int, started: float, reply: Reply) -> None:
+        self._reached = True
         body, found = scrub(reply.body, self._key), fate(reply.status, reply.body)
         wait, said = retry_after(reply.headers), f"http {reply.status}"
         if found in (Fate.ANSWER, Fate.ABOUT_PROMPT):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
+import ssl
 import urllib.request
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -37,12 +40,12 @@ class NoReplyError(Exception):
     """Nothing, or not all of it, came back.
 
     `kind` is `connect` (there was no connection, so nothing was sent), `cut` (it ended too early) or `timeout`; after
-    the last two the request may have been billed.
+    the last two the request may have been billed. `why` says why there was no connection.
     """
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, why: str = ""):
         super().__init__(kind)
-        self.kind = kind
+        self.kind, self.why = kind, why
 
     @property
     def maybe_billed(self) -> bool:
@@ -96,11 +99,11 @@ class Transport:
                 connection = self._unused() or await self._connect()
                 return await self._over(connection, body, idempotency_key)
         except aiohttp.ConnectionTimeoutError as error:
-            raise NoReplyError("connect") from error
+            raise NoReplyError("connect", f"no connection within {_CONNECT:.0f} s") from error
         except TimeoutError as error:
             raise NoReplyError("timeout") from error
         except aiohttp.ClientConnectorError as error:
-            raise NoReplyError("connect") from error
+            raise NoReplyError("connect", why_unconnected(error)) from error
         except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
             raise NoReplyError("cut") from error
 
@@ -152,6 +155,21 @@ class Transport:
             proxy=self._proxy,
         ) as response:
             return Reply(response.status, response.headers, await response.read())
+
+
+def why_unconnected(error: aiohttp.ClientConnectorError) -> str:
+    """Why there was no connection, in a line. Addresses of proxies, which may hold passwords, are not in it."""
+    proxied = isinstance(error, aiohttp.ClientProxyConnectionError)
+    # Not all of aiohttp's errors of this kind have one: that of a certificate has another.
+    cause = getattr(error, "certificate_error", None) or error.os_error
+    if isinstance(cause, ssl.SSLError | ssl.CertificateError):
+        said = getattr(cause, "verify_message", "") or getattr(cause, "reason", "") or type(cause).__name__
+        why = f"TLS failed: {said}"
+    elif isinstance(error, aiohttp.ClientConnectorDNSError) or isinstance(cause, socket.gaierror):
+        why = f"the name is not found ({cause.strerror or cause})"
+    else:
+        why = os.strerror(cause.errno).lower() if cause.errno else str(cause)
+    return f"{why}, at the proxy that the environment names" if proxied else why
 
 
 def _head(request: aiohttp.ClientRequest) -> bytes:

@@ -1,0 +1,40 @@
+"""What a journal holds, seen from outside: nothing is written, and who collects is not in the way."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+from limbeck.collect.journal import KILLED, OUTCOMES
+from limbeck.records import Digest
+
+
+class Glance(NamedTuple):
+    """A journal at one moment."""
+
+    answers: int
+    """In the journal, whoever asked for them."""
+    requests: dict[str, int]
+    """Sent for one account, by outcome; those under way are among the killed."""
+    cost: int
+    """Picodollars that the requests of this account cost, or may have cost at most."""
+
+
+def glance(path: str | os.PathLike[str], account: Digest) -> Glance | None:
+    """Look into a journal. None where there is none, or one that cannot be read as it lies."""
+    journal = Path(path)
+    if not journal.is_file():
+        return None
+    # Without a log beside it the file rests; told so, SQLite makes none.
+    log = journal.with_name(journal.name + "-wal")
+    mode = "ro" if log.exists() else "ro&immutable=1"
+    try:
+        with closing(sqlite3.connect(f"{journal.absolute().as_uri()}?mode={mode}", uri=True, timeout=30)) as db:
+            (answers,) = db.execute("SELECT count(*) FROM answers").fetchone()
+            rows = db.execute(OUTCOMES, (KILLED, account)).fetchall()
+    except sqlite3.DatabaseError:
+        return None
+    return Glance(answers, {outcome: count for outcome, count, _ in rows}, sum(cost for _, _, cost in rows))

@@ -1,0 +1,173 @@
+"""An endpoint that no request ever reaches, first starts that fail, and what a cap says to do."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+from asking import ask, file_of, made
+from command import call
+
+from limbeck.cli.show import as_text, standing
+from limbeck.collect.endpoints.transport import NoReplyError, Transport
+from limbeck.errors import EndpointError, RunDirError
+from limbeck.ledger.store import Ledger
+from limbeck.recipe import Recipe
+from limbeck.rundir import open_run
+from limbeck.testing import Model, Server, Settings
+
+
+def dead_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def written(tmp_path: Path, url: str, **collect: Any) -> Path:
+    """A recipe file with a teacher at `url`, and a student that loads."""
+    recipe = made(url, file_of(tmp_path, 16), teacher={"price": {"input": 1, "output": 2}}, **collect)
+    values = recipe.model_dump(mode="json")
+    values["student"]["model"] = str(tiny.save(tmp_path / "student", layers=1))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path / "recipe.yaml"
+
+
+# Nobody there
+
+
+@pytest.mark.parametrize(("attempts", "most"), [(1, 3.0), (2, 10.0)])
+def test_a_dead_address_stops_the_run_once_a_request_is_out_of_attempts(tmp_path: Path, attempts: int, most: float):
+    address = f"http://127.0.0.1:{dead_port()}"
+    recipe = made(address, file_of(tmp_path, 16), teacher={"attempts": attempts})
+    began = time.monotonic()
+    with pytest.raises(EndpointError, match="cannot be reached") as caught:
+        ask(recipe, tmp_path / "run")
+    assert time.monotonic() - began < most
+    (problem,) = caught.value.problems
+    assert f"{address}/v1/chat/completions" in problem.where
+    assert problem.found == "connection refused"
+    assert "base_url" in problem.remedy
+
+
+def test_with_many_attempts_a_dead_address_stops_the_run_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("limbeck.collect.endpoints.sending._UNREACHED", 1.5)
+    recipe = made(f"http://127.0.0.1:{dead_port()}", file_of(tmp_path, 16), teacher={"attempts": 99})
+    began = time.monotonic()
+    with pytest.raises(EndpointError, match="cannot be reached"):
+        ask(recipe, tmp_path / "run")
+    assert time.monotonic() - began < 5
+
+
+def test_no_tls_is_told_as_such(tmp_path: Path):
+    with Server(Settings(words=8)) as server:
+        recipe = made(server.url.replace("http:", "https:"), file_of(tmp_path, 4), teacher={"attempts": 1})
+        with pytest.raises(EndpointError, match="TLS failed"):
+            ask(recipe, tmp_path / "run")
+
+
+def test_a_name_that_nobody_has_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def unknown(*_: object, **__: object) -> object:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    recipe = made("http://nobody.invalid:1", file_of(tmp_path, 4), teacher={"attempts": 1, "route": "self-hosted"})
+    with pytest.raises(EndpointError, match=r"the name is not found \(Name or service not known\)"):
+        ask(recipe, tmp_path / "run")
+
+
+def test_an_endpoint_that_answered_before_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three connections fail after the first answers: with attempts left, all is answered; without, it is not called
+    an address where nobody is."""
+    real, sent, fails = Transport.post, [0], [range(8, 11)]
+
+    async def post(self, body, key):
+        sent[0] += 1
+        if sent[0] in fails[0]:
+            raise NoReplyError("connect", "connection refused")
+        return await real(self, body, key)
+
+    monkeypatch.setattr(Transport, "post", post)
+    with Server(Settings(words=8)) as server:
+        source = file_of(tmp_path, 16)
+        recipe = made(server.url, source, concurrency=1, teacher={"attempts": 5})
+        assert len(ask(recipe, tmp_path / "a")[1]) == 16
+        sent[0], fails[0] = 0, range(8, 99)
+        recipe = made(server.url, source, concurrency=1, teacher={"attempts": 1})
+        monkeypatch.setattr("limbeck.collect.endpoints.pacing._PROBE_FIRST", 0.001)
+        with pytest.raises(EndpointError) as caught:
+            ask(recipe, tmp_path / "b")
+    assert "cannot be reached" not in str(caught.value)
+
+
+# A first start that failed
+
+
+def test_a_key_that_is_not_set_makes_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    with Server(Settings(words=8)) as server:
+        recipe, out = written(tmp_path, server.url), tmp_path / "run"
+        failed = call("collect", recipe, "--out", out, "--set", "teacher.api_key_env=NO_SUCH_KEY")
+        assert (failed.exit_code, "NO_SUCH_KEY" in failed.stderr, out.exists()) == (2, True, False)
+        good = call("collect", recipe, "--out", out)
+        assert good.exit_code == 0, good.stderr
+
+
+def test_without_an_entry_another_recipe_takes_the_place_and_the_journal_stays(tmp_path: Path):
+    first = made("http://a.invalid", file_of(tmp_path, 4))
+    other = made("http://b.invalid", file_of(tmp_path, 4))
+    out = tmp_path / "run"
+    with open_run(out, first), Ledger(out / "ledger.db"):
+        (out / "journal.db").write_bytes(b"paid for")
+    with open_run(out, other) as run:
+        assert run.recipe() == other
+        assert (out / "journal.db").read_bytes() == b"paid for"
+    from datetime import UTC, datetime
+
+    with Ledger(out / "ledger.db") as ledger:
+        ledger.append(stage="prompts", started=datetime.now(UTC), inputs={}, outputs={}, recipe=other.digest, facts={},
+                      leaves=[])  # fmt: skip
+    with pytest.raises(RunDirError, match="another recipe"), open_run(out, first):
+        pass
+    assert Recipe.model_validate(yaml.safe_load((out / "recipe.yaml").read_text())) == other
+
+
+def test_a_run_that_lost_its_ledger_is_not_taken_for_a_new_one(tmp_path: Path):
+    out = tmp_path / "run"
+    with open_run(out, made("http://a.invalid", file_of(tmp_path, 4))):
+        (out / "completions.parquet").write_bytes(b"something")
+    with (
+        pytest.raises(RunDirError, match="another recipe"),
+        open_run(out, made("http://b.invalid", file_of(tmp_path, 4))),
+    ):
+        pass
+
+
+# The cap
+
+
+@pytest.mark.parametrize("change", ["collect.unanswered=leave_out", "collect.budget.money=1"])
+def test_what_a_cap_says_to_do_works_and_show_says_what_was_spent(tmp_path: Path, change: str):
+    settings = Settings(words=8, models={"toy": Model(input=Decimal(1), output=Decimal(2))})
+    with Server(settings) as server:
+        recipe, out = written(tmp_path, server.url, max_tokens=40, concurrency=1), tmp_path / "run"
+        capped = call("collect", recipe, "--out", out, "--set", "collect.budget.money=0.0012")
+        assert capped.exit_code == 1
+        assert f"collect.journal: {out / 'journal.db'}" in " ".join(capped.stderr.split())
+        told, before = json.loads(call("show", out, "--json").stdout)["collecting"], server.bill.requests
+        assert 0 < told["answers"] == told["requests"]["answered"] == before < 16
+        assert Decimal(str(told["spent_dollars"])) == server.bill.money
+        text = as_text(standing(out), facts=False)
+        assert f"{told['answers']} in {out / 'journal.db'}" in text
+        assert f"{server.bill.money:.6f}" in text
+        cap = [] if "money" in change else ["--set", "collect.budget.money=0.0012"]
+        more = ["--set", change, *cap, "--set", f"collect.journal={out / 'journal.db'}"]
+        result = call("collect", recipe, "--out", tmp_path / "more", *more)
+        assert result.exit_code == 0, result.stderr
+        assert server.bill.requests == (before if cap else 16)
