@@ -195,49 +195,6 @@ def test_a_good_run_is_verified_and_what_is_not_checked_is_said(good, capsys):
     assert "unanchored" in printed
 
 
-def test_files_beside_a_database_are_not_noted_as_strangers(good, tmp_path, capsys):
-    run = shutil.copytree(good[0], tmp_path / "run")
-    for name in ("journal.db-lock", "journal.db-shm", "ledger.db-wal", "stranger"):
-        (run / name).write_bytes(b"")
-    assert [line for line in verified(capsys, run).splitlines() if "in no entry" in line] == [
-        "note: in no entry: stranger"
-    ]
-    told = call("ledger", "verify", run).stdout.splitlines()
-    assert [line for line in told if "in no entry" in line] == ["note: in RUN but in no entry: stranger"]
-
-
-@pytest.mark.parametrize(
-    "given", [("--key", "00"), ("--key", "AB" * 32), ("--head", "sha256:00"), ("--head", "ab" * 32)]
-)
-def test_what_is_no_key_or_head_is_refused_by_both(given, good, capsys):
-    first, code = call("ledger", "verify", good[0], *given), second.main([str(good[0]), *given])
-    told = capsys.readouterr()
-    assert (first.exit_code, code, first.stdout, told.out) == (2, 2, "", "")
-    for said in (first.stderr, told.err):
-        assert "64" in said
-        assert "hexadecimal digits" in said
-        assert given[0] in said
-        assert given[1] in said
-
-
-def test_a_key_and_a_head_that_are_malformed_are_both_named(good):
-    told = call("ledger", "verify", good[0], "--key", "00", "--head", "x").stderr
-    assert "--key" in told
-    assert "--head" in told
-
-
-def test_the_gates_field_is_explained_alike_by_all(handed, tmp_path, capsys):
-    run, out = handed[0].parent / "run", tmp_path / "proof"
-    told = call("ledger", "disclose", run, "--row", 0, "--field", "gate", "--out", out, "--json")
-    meant = json.loads(told.stdout)["meaning"]
-    assert "rules on the whole set" in meant
-    assert meant in call("ledger", "check", out).stdout
-    assert json.loads(call("ledger", "check", out, "--json").stdout)["meaning"] == meant
-    assert meant in verified(capsys, out)
-    terms = verified(capsys, handed[0] / "disclosure")
-    assert meant not in terms
-
-
 @pytest.mark.parametrize("until", [stage.name for stage in STAGES])
 def test_a_run_that_is_not_done_yet(until, tmp_path, capsys):
     run = runs.make_run(tmp_path / "run", until=until)

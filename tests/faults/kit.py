@@ -157,7 +157,11 @@ def by_another(case: Case) -> None:
 
 def junk(name: str) -> Callable[[Case], None]:
     """A file beside the good ones, of bytes that nothing wrote."""
-    return lambda case: (case.run / name).write_bytes(b"junk" * 1024) and None
+
+    def do(case: Case) -> None:
+        (case.run / name).write_bytes(b"junk" * 1024)
+
+    return do
 
 
 def linked(name: str) -> Callable[[Case], None]:
