@@ -362,3 +362,30 @@ def test_a_spot_check_of_a_later_checkpoint_says_how_to_open_rows_for_the_share_
     assert "limbeck ledger spot-check RUN --seed S --share FILE" in " ".join(wrong.output.split())
     assert call(*words, "--share", share, "--out", tmp_path / "right").exit_code == 0
     assert call("ledger", "check", tmp_path / "right", "--share", share).exit_code == 0
+
+
+def test_every_file_that_the_commands_write_is_read_by_check(copy, tmp_path):
+    """A checkpoint too: whole, by its key, and under no other; a change of one character of it does not hold."""
+    out = tmp_path / "kept.json"
+    assert call("ledger", "checkpoint", copy, "--out", out).exit_code == 0
+    made = runs.signed(copy)[-1]
+    told = json.loads(call("ledger", "check", out, "--json", "--key", made.envelope.keyid).stdout)
+    root = made.statement.root.hex()
+    assert (told["ok"], told["root"], told["key"], told["digest"]) == (
+        True, root, made.envelope.keyid, digest_bytes(out.read_bytes())
+    )  # fmt: skip
+    assert root in call("ledger", "check", out).stdout
+    assert call("ledger", "check", out, "--key", "ab" * 32).exit_code == 1
+    assert call("ledger", "check", out, "--key", "00").exit_code == 2
+    value = json.loads(out.read_bytes())
+    payload = json.loads(base64.b64decode(value["payload"]))
+    payload["predicate"]["size"] += 1
+    value["payload"] = base64.b64encode(canonical(payload)).decode()
+    (tmp_path / "changed").write_bytes(canonical(value))
+    assert call("ledger", "check", tmp_path / "changed").exit_code == 1
+    (tmp_path / "spaced").write_bytes(json.dumps(json.loads(out.read_bytes())).encode())
+    assert call("ledger", "check", tmp_path / "spaced").exit_code == 2
+    (tmp_path / "none").write_text("{}")
+    told = call("ledger", "check", tmp_path / "none").stderr
+    assert all(word in told for word in ("disclose", "share", "spot-check", "consistency", "checkpoint"))
+    assert call("ledger", "check", out, "--share", out).exit_code == 2

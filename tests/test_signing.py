@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import runs
+from command import call
 
 from limbeck.errors import InputError
 from limbeck.ledger import verify
@@ -225,10 +226,24 @@ def test_a_note_is_signed_about_what_was_there(copy):
     assert verify(copy).ok
 
 
-@pytest.mark.parametrize("text", ["", "  \n", "x" * 10_001])
-def test_a_note_without_words_or_with_too_many_is_refused(copy, text):
-    with Ledger(copy / "ledger.db") as ledger, pytest.raises(InputError, match="no note"):
+@pytest.mark.parametrize(("text", "remedy"), [("", "in words"), ("  \n", "in words"), ("x" * 10_001, "shorten it")])
+def test_a_note_without_words_or_with_too_many_is_refused(copy, text, remedy):
+    with Ledger(copy / "ledger.db") as ledger, pytest.raises(InputError, match="no note") as refused:
         sign_note(ledger, text, None, runs.RECIPE)
+    assert [problem.remedy for problem in refused.value.problems] == [
+        p for p in ("say in words what is to be kept", "shorten it") if remedy in p
+    ]
+
+
+@pytest.mark.parametrize("words", [("note", "Read."), ("checkpoint",)])
+def test_where_nothing_can_be_written_the_remedy_names_no_other_place(copy, words):
+    """A directory in the place of the lock: permissions hold nobody up who is root."""
+    (copy / ".lock").unlink(missing_ok=True)
+    (copy / ".lock").mkdir()
+    told = call("ledger", words[0], copy, *words[1:])
+    assert told.exit_code == 2
+    assert "change the permissions" in told.stderr
+    assert "--out" not in told.stderr
 
 
 def test_a_forged_note_is_found(copy):

@@ -97,6 +97,15 @@ USE = {
     "commercial": (True, False),
 }
 WEIGHTS = (".safetensors", ".bin", ".gguf")
+NO_EVIDENCE = {"recipe.yaml", ".lock", "ledger.db", "journal.db"} | {
+    f"{name}{end}" for name in ("ledger.db", "journal.db") for end in ("-journal", "-wal", "-shm", "-lock")
+}
+"""Files of RUN of which no entry speaks: SQLite keeps some beside a database, and locks are held by others."""
+NOT_ASKED = (
+    "no example says what the terms gate decided, since it rules on the whole set after that was sealed: its "
+    "decision stands in the next entry of the stage gate (`limbeck ledger log RUN`), bound to this set's root"
+)
+"""What `not asked` means as the value of the field `gate`."""
 
 
 class UnreadableError(Exception):
@@ -1018,9 +1027,11 @@ def open_ledger(run: str) -> sqlite3.Connection:
         raise UnreadableError(f"{path}: not there, so {run} is no RUN directory") from None
     if not stat.S_ISREG(kind):
         raise UnreadableError(f"{path}: a symbolic link or no file; neither is opened")
-    journal = path + "-journal"
-    if os.path.lexists(journal) and os.lstat(journal).st_size:
-        raise UnreadableError(f"{journal}: a write was cut off or is under way; let limbeck finish it first")
+    for beside in (path + "-journal", path + "-wal"):
+        if os.path.lexists(beside):
+            there = os.lstat(beside)
+            if there.st_size or not stat.S_ISREG(there.st_mode):
+                raise UnreadableError(f"{beside}: a write was cut off or is under way; let limbeck finish it first")
     with open(path, "rb") as file:
         head = file.read(100)
     whole_file = os.path.getsize(path)
@@ -1516,9 +1527,7 @@ def say_what_was_not_checked(run: str, replay: Replay) -> None:
     named = {name.split("/")[0] for _, _, outputs in replay.stages.values() for name in outputs}
     with os.scandir(run) as children:
         others = sorted(c.name for c in itertools.islice(children, 10_000) if c.name not in named)
-    for name in itertools.islice(
-        (n for n in others if n not in ("ledger.db", "recipe.yaml", "journal.db", ".lock")), 100
-    ):
+    for name in itertools.islice((n for n in others if n not in NO_EVIDENCE), 100):
         note(f"in no entry: {name}")
     note(f"{replay.count} entries, {replay.tree.size} leaves, root {replay.tree.root().hex()}, head {replay.head}")
 
@@ -1585,6 +1594,8 @@ def check_disclosure(value: Object, key: str | None, findings: Findings, _: Shar
     root = root_of_path(leaf, first + row, statement.size, above, "path")
     findings.compare("path: root", root.hex(), statement.root.hex())
     findings.note(f"row {row}, {field}: {told(parts['value'])}")
+    if (field, parts["value"]) == ("gate", "not asked"):
+        findings.note(NOT_ASKED)
 
 
 def check_consistency(value: Object, key: str | None, findings: Findings, _: Shares) -> None:
@@ -1814,9 +1825,11 @@ def main(arguments: list[str] | None = None) -> int:
 def verify(what: list[str], key: str | None, head: str | None, kept: tuple[str, ...]) -> Findings:
     """A RUN directory, or proofs. Raises `UnreadableError`."""
     if key is not None and not HEX_32.fullmatch(key):
-        raise UnreadableError(f"--key {key}: not 64 lower-case hexadecimal digits")
+        raise UnreadableError(f"--key {key}: not 64 lower-case hexadecimal digits, as a checkpoint's `keyid` has them")
     if head is not None and not TAGGED.fullmatch(head):
-        raise UnreadableError(f"--head {head}: not sha256: and 64 lower-case hexadecimal digits")
+        raise UnreadableError(
+            f"--head {head}: not sha256: and 64 lower-case hexadecimal digits, as a verification ends with"
+        )
     folders = [path for path in what if os.path.isdir(path)]
     if not folders:
         if head is not None or kept:

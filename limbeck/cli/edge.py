@@ -70,9 +70,11 @@ def _missing_extra(error: ImportError) -> InputError | None:
 
 
 @contextmanager
-def writing(root: str | os.PathLike[str]) -> Iterator[None]:
+def writing(
+    root: str | os.PathLike[str], remedy: str = "use another --out, or change its permissions"
+) -> Iterator[None]:
     """Turns the many ways in which writers report a full disk into one `DiskFullError`, and a place that may
-    not be written into a `RunDirError`; every other error passes.
+    not be written into a `RunDirError` with this remedy; every other error passes.
     """
     try:
         yield
@@ -89,7 +91,7 @@ def writing(root: str | os.PathLike[str]) -> Iterator[None]:
                         os.fspath(error.filename or root),
                         error.strerror or str(error),
                         "a place that may be written",
-                        "use another --out, or change its permissions",
+                        remedy,
                     ),
                 ],
             ) from error

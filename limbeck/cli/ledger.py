@@ -28,6 +28,7 @@ app = typer.Typer(
 
 _RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_PERMIT = "what is signed is written into RUN: change the permissions there, or sign where RUN may be written"
 
 
 _Head = Annotated[
@@ -116,7 +117,7 @@ def checkpoint(
     from limbeck.ledger.signing.timestamps import attach, read_authorities
 
     stamp = None
-    with writing(run), _held(run) as (recipe, ledger):
+    with writing(run, _PERMIT), _held(run) as (recipe, ledger):
         if timestamp is not None:
             made, stamp = attach(ledger, timestamp, read_authorities(authority) if authority else ())
         elif worth_signing(entries := ledger.entries()):
@@ -154,7 +155,7 @@ def note(
     """
     from limbeck.ledger.signing.notes import sign_note
 
-    with writing(run), _held(run) as (recipe, ledger):
+    with writing(run, _PERMIT), _held(run) as (recipe, ledger):
         made = sign_note(ledger, text, by, recipe)
     told = made.statement.predicate
     values = {"entry": made.entry.index, "by": by, "key": made.envelope.keyid, "at": told.at, "text": text}

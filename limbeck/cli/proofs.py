@@ -12,6 +12,8 @@ from limbeck.cli.ledger import app, as_json_text, write_new
 
 if TYPE_CHECKING:
     from limbeck.ledger.proofs.documents import CheckedRoot, ClassShare, Document, ShareDocument
+    from limbeck.ledger.signing.envelope import Envelope
+    from limbeck.ledger.signing.statements import Checkpoint
 
 _RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -47,6 +49,7 @@ def disclose(
         return
     write_new(out, data)
     told = {"row": row, "field": field, "value": proof.value, "bytes": len(data), "file": str(out)}
+    told |= {"meaning": meant} if meant else {}
     line = f"{field} of row {row}: {proof.value!r}; wrote {out}"
     typer.echo(as_json_text(told) if as_json else printable("\n".join(filter(None, (line, meant)))))
 
@@ -161,7 +164,9 @@ def consistency(
 
 @app.command()
 def check(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A disclosure, share, spot-check or consistency.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A disclosure, share, spot-check, consistency or checkpoint.")
+    ],
     share_file: _Share = None,
     key: Annotated[
         str | None, typer.Option("--key", metavar="KEY", help="The public key that has to have signed.")
@@ -177,7 +182,9 @@ def check(
     """
     from limbeck.errors import InputError
     from limbeck.ledger.proofs.documents import read_document
+    from limbeck.ledger.signing.checks import refuse_malformed
 
+    refuse_malformed(key=key)
     document, digest = read_document(file)
     manifest = (_manifest(share_file), read_document(share_file).digest) if share_file else None
     try:
@@ -193,28 +200,40 @@ def check(
     typer.echo(as_json_text({"ok": True} | values) if as_json else _holds_text(document, values))
 
 
-def _holds_text(document: Document, values: dict[str, object]) -> str:
+def _holds_text(document: Document | Envelope, values: dict[str, object]) -> str:
     from limbeck.ledger.proofs.documents import ShareDocument
 
     shares = _share_lines(document.shares) if isinstance(document, ShareDocument) else []
     lines = [f"{name}: {value}" for name, value in values.items() if name != "shares"]
-    meant = _meaning(values.get("field"), values.get("value"))
-    return printable("\n".join(["it holds", *shares, *lines, *filter(None, [meant])]))
+    return printable("\n".join(["it holds", *shares, *lines]))
 
 
-def _checked(document: Document, manifest: tuple[ShareDocument, str] | None, wrong: int) -> dict[str, object]:
+def _checked(
+    document: Document | Envelope, manifest: tuple[ShareDocument, str] | None, wrong: int
+) -> dict[str, object]:
     """What a proof shows. Raises `ValueError` where it does not hold."""
     from limbeck.errors import InputError, Problem
     from limbeck.ledger.proofs.bounds import CONFIDENCE, upper_limit
     from limbeck.ledger.proofs.consistency import check_consistency
     from limbeck.ledger.proofs.disclosure import check_disclosure
-    from limbeck.ledger.proofs.documents import ConsistencyDocument, Disclosure, ShareDocument
+    from limbeck.ledger.proofs.documents import (
+        ConsistencyDocument,
+        Disclosure,
+        ShareDocument,
+        SignedRoot,
+        signed_statement,
+    )  # fmt: skip
     from limbeck.ledger.proofs.share import check_share
     from limbeck.ledger.proofs.spot_check import check_spot_check
+    from limbeck.ledger.signing.envelope import Envelope
 
+    if isinstance(document, Envelope):
+        return _signed_values(signed_statement(SignedRoot.of(document)), document.keyid)
     if isinstance(document, Disclosure):
         root = check_disclosure(document)
-        return _root_values(root) | {"row": document.row, "field": document.field, "value": document.value}
+        told = _root_values(root) | {"row": document.row, "field": document.field, "value": document.value}
+        meant = _meaning(document.field, document.value)
+        return told | ({"meaning": meant} if meant else {})
     if isinstance(document, ShareDocument):
         return _root_values(check_share(document).root) | {"shares": _shares(document.shares)}
     if isinstance(document, ConsistencyDocument):
@@ -240,20 +259,26 @@ def _manifest(path: Path) -> ShareDocument:
 
     document = read_document(path).document
     if not isinstance(document, ShareDocument):
-        problem = Problem(str(path), document.form, "limbeck-share/1", "give what `limbeck ledger share --out` wrote")
+        found = getattr(document, "form", "a signed checkpoint")
+        problem = Problem(str(path), found, "limbeck-share/1", "give what `limbeck ledger share --out` wrote")
         raise InputError("no share", [problem])
     return document
 
 
 def _root_values(root: CheckedRoot) -> dict[str, object]:
-    told = root.statement.predicate
-    values: dict[str, object] = {
+    return _signed_values(root.statement, root.keyid)
+
+
+def _signed_values(statement: Checkpoint, keyid: str) -> dict[str, object]:
+    told = statement.predicate
+    return {
         "kind": told.kind,
         "signed": told.at,
-        "root": root.statement.root.hex(),
-        "size": root.size,
+        "root": statement.root.hex(),
+        "size": told.size,
+        "key": keyid,
+        "trust": "unanchored: signed, but nothing in this file says when",
     }
-    return values | {"key": root.keyid, "trust": "unanchored: signed, but nothing in this file says when"}
 
 
 def _shares(shares: list[ClassShare]) -> list[dict[str, object]]:

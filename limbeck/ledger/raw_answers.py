@@ -33,6 +33,11 @@ _LONGEST = 2**26
 """Bytes of an answer, packed or not."""
 _LONGEST_READ = 2**24
 """Bytes of a request and its answer that are read: as Python objects, JSON can take twenty times as many."""
+_FIND = (
+    "SELECT key, request, raw, response, created FROM answers NOT INDEXED "
+    "WHERE rowid IN (SELECT rowid FROM answers WHERE key IN ({}))"
+)
+"""In the order in which they lie, and the key as the row has it: the index, through which it is found, has a copy."""
 _ASK = 256
 """Keys in one question; SQLite's least limit on parameters is 999."""
 _BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
@@ -43,8 +48,11 @@ _REMEDY = "put back journal.db as the run wrote it; what the teacher said is now
 class RawAnswer(NamedTuple):
     """What was sent and what came back, as it lies in the journal."""
 
+    key: str
     request: bytes
     raw: bytes
+    response: str
+    """The digest of the answer that was written down when it came."""
     created: str
 
 
@@ -84,6 +92,8 @@ class RawAnswers:
             raise ValueError("journal.db-journal beside it, which no journal leaves")
         if beside.is_symlink() or (beside.exists() and not beside.is_file()):
             raise ValueError("journal.db-wal is no file")
+        if beside.exists() and not _looks_like_wal(beside):
+            raise ValueError("journal.db-wal beside it, which SQLite did not write")
         if beside.exists() and beside.stat().st_size:
             # Whoever opens a file in WAL mode writes beside it, unless told that it rests, and this one does not.
             self._copy = tempfile.TemporaryDirectory(prefix="limbeck-journal-")
@@ -113,9 +123,11 @@ class RawAnswers:
 
     def find(self, key: str) -> RawAnswer | None:
         """The answer journaled for a request. Raises `ValueError` where its bytes are damaged."""
-        row = self._db.execute("SELECT request, raw, created FROM answers WHERE key = ?", (key,)).fetchone()
+        row = self._db.execute(_FIND.format("?"), (key,)).fetchone()
+        if row is None:
+            return None
         try:
-            return RawAnswer(self._unpacked(row[0]), self._unpacked(row[1]), str(row[2])) if row else None
+            return RawAnswer(str(row[0]), self._unpacked(row[1]), self._unpacked(row[2]), str(row[3]), str(row[4]))
         except (zlib.error, zstandard.ZstdError, TypeError) as error:
             raise ValueError(f"what lies under {key} does not unpack ({error})") from None
 
@@ -128,10 +140,9 @@ class RawAnswers:
             if len(asked) != len(completions[first : first + _ASK]):
                 return False
             marks = ", ".join("?" * len(asked))
-            rows = self._db.execute(f"SELECT key, request, raw, created FROM answers WHERE key IN ({marks})", [*asked])
-            for key, request, raw, created in rows:
+            for key, request, raw, response, created in self._db.execute(_FIND.format(marks), [*asked]):
                 expected = asked.pop(key, None)
-                if expected is None or _micros(created) != expected.created:
+                if expected is None or response != expected.response or _micros(created) != expected.created:
                     return False
                 if not self._says(expected, self._unpacked(request), self._unpacked(raw)):
                     return False
@@ -172,6 +183,8 @@ class RawAnswers:
         if found is None:
             return [Problem(f"journal.db, for {where}", "nothing", f"a request {completion.request_id}", _REMEDY)]
         pairs: list[tuple[str, object, object]] = [
+            ("key", found.key, completion.request_id),
+            ("digest of the response", found.response, completion.response),
             ("request", digest_bytes(found.request), completion.request_id),
             ("response", digest_bytes(found.raw), completion.response),
             ("created", _instant(found.created), completion.created),
@@ -266,18 +279,27 @@ def _refuse_other_tables(db: sqlite3.Connection) -> None:
 
 @lru_cache(maxsize=4096)
 def _micros(text: str) -> int | None:
-    """A journaled time as microseconds since 1970; None without a zone. Raises `ValueError`. Answers that were written
-    together have the same.
+    """A journaled time as microseconds since 1970; None for one that a journal writes otherwise. Raises `ValueError`.
+    Answers that were written together have the same.
     """
-    when = datetime.fromisoformat(text)
-    return None if when.tzinfo is None else (when - _BEGINNING) // timedelta(microseconds=1)
+    when = _instant(text)
+    return (when - _BEGINNING) // timedelta(microseconds=1) if isinstance(when, datetime) and when.tzinfo else None
 
 
 def _instant(text: str) -> datetime | str:
+    """The text itself where it is not as a journal writes it: Python reads one time in many spellings."""
     try:
-        return datetime.fromisoformat(text)
+        when = datetime.fromisoformat(text)
     except ValueError:
         return text
+    return when if when.isoformat(timespec="microseconds") == text else text
+
+
+def _looks_like_wal(path: Path) -> bool:
+    """Whether a file is empty or begins as SQLite's write-ahead logs do (sqlite.org/fileformat2.html, section 4.1)."""
+    with open(path, "rb") as file:
+        head = file.read(4)
+    return head in (b"", b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")
 
 
 def _shown(value: object) -> str:

@@ -102,16 +102,17 @@ def verify(
 
     Raises:
         RunDirError: not a RUN directory.
-        InputError: no certificates in `authority`.
+        InputError: `head` or `key` of another form, or no certificates in `authority`.
 
     """
     from limbeck.ledger.commitments import leaf_differences
     from limbeck.ledger.parents import record_differences
-    from limbeck.ledger.signing.checks import Against, check_signed, signed_notes
+    from limbeck.ledger.signing.checks import Against, check_signed, refuse_malformed, signed_notes
     from limbeck.ledger.signing.timestamps import read_authorities
     from limbeck.terms.evidence import gate_problems
 
     root = Path(run)
+    refuse_malformed(head, key)
     refuse_other_than_run(root)
     against = Against(head, key, salts, read_authorities(Path(authority)) if authority is not None else ())
     entries, digests, differences, tree = _read_ledger(root)

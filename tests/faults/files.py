@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from faults.kit import Fault, flip, linked, named
+from faults.kit import Fault, flip, junk, linked, named
 
 FILES = (
     *("prompts.parquet", "completions.parquet", "verdicts.parquet", "leaves.parquet", "rollouts.parquet"),
@@ -25,6 +25,20 @@ FAULTS = [
         "",
         "journal",
         unseen="docs/ledger-format.md has no page on the journal, and no entry holds its digest",
+    ),
+    Fault(
+        "junk where the journal's write-ahead log lies",
+        junk("journal.db-wal"),
+        "",
+        "journal.db-wal",
+        unseen="the second reads no journal, nor what lies beside it",
+    ),
+    Fault(
+        "a rollback journal beside the journal",
+        junk("journal.db-journal"),
+        "",
+        "journal.db-journal",
+        unseen="the second reads no journal, nor what lies beside it",
     ),
     Fault("a character changed in the recipe", flip("recipe.yaml", 8, 1), "recipe.yaml"),
     Fault(
@@ -59,6 +73,13 @@ FAULTS = [
     Fault("no database", lambda c: (c.run / "ledger.db").unlink(), "ledger.db"),
     Fault("no SQLite file", lambda c: (c.run / "ledger.db").write_bytes(b"x" * 4096), "ledger.db"),
     Fault("a database that is a link", linked("ledger.db"), "ledger.db"),
+    Fault("a write that was cut off", junk("ledger.db-journal"), "ledger.db-journal"),
+    Fault("junk where a write-ahead log would lie", junk("ledger.db-wal"), "ledger.db-wal"),
+    Fault(
+        "a directory where a write-ahead log would lie",
+        lambda c: (c.run / "ledger.db-wal").mkdir(),
+        "ledger.db-wal",
+    ),
     Fault("a database cut off", lambda c: os.truncate(c.run / "ledger.db", 8192), "ledger.db"),
     Fault(
         "another version of the database", lambda c: c.raw_sql("PRAGMA user_version = 3"), "user_version", "ledger.db"

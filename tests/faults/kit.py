@@ -155,6 +155,15 @@ def by_another(case: Case) -> None:
     forger.rewrite(case.run, lambda *_: None, key=Ed25519PrivateKey.generate())
 
 
+def junk(name: str) -> Callable[[Case], None]:
+    """A file beside the good ones, of bytes that nothing wrote."""
+
+    def do(case: Case) -> None:
+        (case.run / name).write_bytes(b"junk" * 1024)
+
+    return do
+
+
 def linked(name: str) -> Callable[[Case], None]:
     """The same bytes, but a link to them."""
 

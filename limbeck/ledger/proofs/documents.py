@@ -134,25 +134,26 @@ def document_bytes(document: Document) -> bytes:
 
 
 class ReadDocument(NamedTuple):
-    """A file that was read, and the digest of its bytes."""
+    """A file that was read, and the digest of its bytes. A checkpoint is the envelope that was signed."""
 
-    document: Document
+    document: Document | Envelope
     digest: Digest
 
 
 def read_document(path: Path) -> ReadDocument:
     """Read a file for strangers, strictly. Raises `InputError` with what is wrong about its shape."""
-    remedy = "give a file that `limbeck ledger disclose`, `share` or `spot-check` wrote"
+    remedy = "give a file that `limbeck ledger disclose`, `share`, `spot-check`, `consistency` or `checkpoint` wrote"
     try:
         if path.stat().st_size > _BIGGEST:
             raise ValueError(f"{path.stat().st_size} bytes")
         data = path.read_bytes().removesuffix(b"\n")  # what came through a terminal's pipe
         value = read_json(data)
-        kind = _FORMS.get(str(value.get("form"))) if isinstance(value, dict) else None
+        told = value if isinstance(value, dict) else {}
+        kind = Envelope if "payloadType" in told else _FORMS.get(str(told.get("form")))
         if kind is None:
-            raise ValueError(f"no form of {', '.join(_FORMS)}")
+            raise ValueError(f"no form of {', '.join(_FORMS)}, and no signed checkpoint")
         document = kind.model_validate_json(data)
-        if document_bytes(document) != data:
+        if (document.data if isinstance(document, Envelope) else document_bytes(document)) != data:
             raise ValueError("bytes that are not canonical JSON (RFC 8785)")
     except ValidationError as error:
         problems = [

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple
 
-from limbeck.errors import Problem
+from limbeck.errors import InputError, Problem
 from limbeck.ledger.merkle.order import LeafSet
 from limbeck.ledger.merkle.tree import Hash
 from limbeck.ledger.signing import checkpoints, notes, timestamps
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from cryptography.x509 import Certificate
 
 _FORGED = "it was not signed like this, or was changed since; compare with a copy kept elsewhere"
+
+_HEAD = re.compile("sha256:[0-9a-f]{64}")
+_KEY = re.compile("[0-9a-f]{64}")
 
 NOTE_UNSIGNED = (
     "unsigned and unanchored: this can show that RUN agrees with itself; whoever could write to it could "
@@ -39,6 +43,19 @@ class Against(NamedTuple):
     """Hex of the public key that has to have signed."""
     salts: bytes | None = None
     authorities: Sequence[Certificate] = ()
+
+
+def refuse_malformed(head: str | None = None, key: str | None = None) -> None:
+    """What was mistyped would else look like a ledger that was written anew. Raises `InputError` with all of it."""
+    problems = []
+    if head is not None and not _HEAD.fullmatch(head):
+        remedy = "give the head that `limbeck ledger verify` ended with"
+        problems.append(Problem("--head", repr(head), "sha256: and 64 hexadecimal digits in lower case", remedy))
+    if key is not None and not _KEY.fullmatch(key):
+        remedy = "give the key that `limbeck ledger checkpoint` shows"
+        problems.append(Problem("--key", repr(key), "64 hexadecimal digits in lower case", remedy))
+    if problems:
+        raise InputError("nothing that anything could be compared with", problems)
 
 
 @dataclass

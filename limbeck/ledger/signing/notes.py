@@ -32,7 +32,8 @@ class Noted(NamedTuple):
 def sign_note(ledger: Ledger, text: str, by: str | None, recipe: Recipe) -> Noted:
     """Sign a note on everything that is in the ledger now. Raises `InputError` for a text that is empty or too long."""
     if not text.strip() or len(text) > LONGEST:
-        problem = Problem("the note", f"{len(text)} characters", f"1 to {LONGEST}, not only white space", "shorten it")
+        remedy = "shorten it" if text.strip() else "say in words what is to be kept"
+        problem = Problem("the note", f"{len(text)} characters", f"1 to {LONGEST}, not only white space", remedy)
         raise InputError("no note", [problem])
     started = datetime.now(UTC)
     predicate = NotePredicate(at=now(), by=by, size=ledger.tree.size, text=text)
