@@ -15,7 +15,7 @@ quickstart: .venv/train ## install, then distil the default teacher into runs/qu
 
 # Two processes of one thread each: most tests are too small for torch to share their work among threads.
 test: lint ## install, then check style and types and run all tests
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/dev ## check style and types
 	.venv/bin/ruff check .

@@ -240,6 +240,9 @@ class _Lines:
         self.seen: list[tuple[str, float | None, str]] = []
         self.done = 0.0
 
+    def begin(self, text: str) -> None:
+        assert text
+
     @contextmanager
     def line(self, name: str, total: float | None, unit: str):
         self.seen.append((name, total, unit))

@@ -174,7 +174,7 @@ def test_the_command(tmp_path: Path):
         assert "at most" in plain.output
         result = CliRunner().invoke(app, [*arguments, "--pilot", "8", "--json"])
         assert result.exit_code == 0, result.output
-        assert {f["name"] for f in json.loads(result.output)["figures"]} == {
+        assert {f["name"] for f in json.loads(result.stdout)["figures"]} == {
             "prompt tokens", "answer tokens", "money", "time", "journal",
         }  # fmt: skip
         assert server.bill.requests == 8
