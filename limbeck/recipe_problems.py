@@ -48,6 +48,7 @@ _EXPECTED = {
     "tuple_type": "a list",
     "too_short": "at least {min_length} entry",
     "model_type": "a mapping of keys to values",
+    "dict_type": "a mapping of keys to values",
     "model_attributes_type": "a mapping of keys to values",
     "invalid_key": "a key that is text",
     "recursion_loop": "a value that does not contain itself",

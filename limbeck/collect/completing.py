@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _READ = 128
 """Answers that are read from the journal together."""
-_HELD, _HELD_BYTES = 16384, 64 * 2**20
+_HELD, _HELD_BYTES = 8192, 32 * 2**20
 """Rows that wait, for one before them or for time to spare, at the most: so many, or of so many bytes of requests and
 answers."""
 _MADE = 512
@@ -109,8 +109,8 @@ class Ahead:
     """Makes completions of one teacher while it is asked.
 
     Laws: `passed` requests, from the first on, have their rows in the file, or have none; the others are for who comes
-    after. Rows are made while the processor waits for answers; where it never does, requests come first. Memory is
-    bounded: who would have to wait with too many others is left to the end.
+    after. Rows are made while the processor waits for answers; where it never does, requests come first, and rows are
+    made when enough wait for them. Memory is bounded: who would have to wait with too many others is left to the end.
     """
 
     def __init__(self, completing: Completing, journal: Journal):
@@ -128,7 +128,7 @@ class Ahead:
         """The next requests, and which of them the journal lacks. Makes what rows can be made, if there is time for it;
         raises what the journal and the file raise.
         """
-        if self._spare():
+        if self._spare() or self._too_many(stretch):
             self.make(_MADE)
         self._full = self._full or self._too_many(stretch)
         if not self._full:
