@@ -28,7 +28,7 @@ from limbeck.rundir import RunDir
 from limbeck.signal.store import SignalStore
 from limbeck.train.schedule import cut, make_schedule
 from limbeck.train.stage import _narrowed, train
-from limbeck.train.trainer import last_checkpoint
+from limbeck.train.trainer import DistillationTrainer, last_checkpoint
 
 
 def fresh(tiny_run: Path, place: Path, **settings: object) -> tuple[Recipe, RunDir]:
@@ -221,9 +221,15 @@ def test_a_tied_head_is_written_once(tmp_path):
 
 def test_gradients_clipped_in_the_optimisers_step_are_those_clipped_before(tiny_run, tmp_path, monkeypatch):
     """At a limit that every step passes. Gradients are float32; one way multiplies by what the other divides by."""
+    find, found_by = DistillationTrainer._scaling_optimizer, []
+    monkeypatch.setattr(
+        DistillationTrainer, "_scaling_optimizer", lambda self: found_by.append(find(self)) or found_by[-1]
+    )
     recipe, run = fresh(tiny_run, tmp_path / "in the step", clip=0.05, epochs=1)
     taken = train(recipe, run)
-    monkeypatch.setattr("limbeck.train.trainer.DistillationTrainer._scaling_optimizer", lambda _: None)
+    assert found_by
+    assert None not in found_by
+    monkeypatch.setattr(DistillationTrainer, "_scaling_optimizer", lambda _: None)
     _, before = fresh(tiny_run, tmp_path / "before", clip=0.05, epochs=1)
     assert train(recipe, before)["last_loss"] == pytest.approx(taken["last_loss"], rel=1e-4)
     found, expected = weights(run), weights(before)
