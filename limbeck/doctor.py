@@ -134,28 +134,27 @@ def _processor() -> list[Finding]:
             "bf16 in hardware",
             f"yes{instructions}" if found.bf16 else "no: precision auto computes in float32",
         ),
-        *(_kernels() if found.device == "cuda" else []),
+        *_kernels(found.device),
     ]
 
 
-def _kernels() -> list[Finding]:
-    """What training and its loss run on a GPU besides torch's own kernels."""
+def _kernels(device: str) -> list[Finding]:
+    """What training and its loss run besides torch's own kernels."""
     from transformers.utils.import_utils import is_flash_attn_2_available
 
     from limbeck.models import compiling
 
-    lacking = compiling.missing()
-    remedy = "" if lacking is None or compiling.SWITCH in lacking else "install triton and a C compiler (gcc)"
-    varlen = is_flash_attn_2_available()
-    return [
-        Finding("loss and norms", f"torch's own kernels: {lacking}" if lacking else "compiled (torch.compile)", remedy),
-        Finding(
-            "attention",
-            "flash-attn: sequences are packed"
-            if varlen
-            else "torch's sdpa: sequences are padded, flash-attn is not there",
-        ),
-    ]
+    lacking = compiling.missing(device)
+    needed = "triton and a C compiler (gcc)" if device == "cuda" else "a C++ compiler (g++)"
+    remedy = "" if lacking is None or compiling.SWITCH in lacking else f"install {needed}"
+    when = "" if device == "cuda" else f" for trainings on {compiling.LONG:,} tokens or more"
+    compiled = f"torch's own kernels: {lacking}" if lacking else f"compiled (torch.compile){when}"
+    found = [Finding("loss, norms, gates", compiled, remedy)]
+    if device == "cuda":
+        there = is_flash_attn_2_available()
+        padded = "torch's sdpa: sequences are padded, flash-attn is not there"
+        found.append(Finding("attention", "flash-attn: sequences are packed" if there else padded))
+    return found
 
 
 def _memory_bytes() -> int:

@@ -1,4 +1,4 @@
-"""The passes that a GPU compiles say what the eager kernels and the plain losses say; here they run on the CPU."""
+"""Compiled passes say what the eager kernels and the plain losses say. What a GPU compiles runs on the CPU here."""
 
 from __future__ import annotations
 
@@ -111,7 +111,35 @@ def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "LIMBECK_COMPILE=0" in str(compiling.missing())
     assert not compiling.usable(torch.device("cuda"))
     monkeypatch.delenv("LIMBECK_COMPILE")
+    compiling._found.cache_clear()
     assert not compiling.usable(torch.device("cpu"))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
+def test_a_cpu_compiles_for_a_long_training_or_when_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for switch, tokens, expected in (
+        (None, compiling.LONG - 1, False),
+        (None, compiling.LONG, True),
+        ("1", 1, True),
+        ("0", compiling.LONG, False),
+    ):
+        if switch is None:
+            monkeypatch.delenv("LIMBECK_COMPILE", raising=False)
+        else:
+            monkeypatch.setenv("LIMBECK_COMPILE", switch)
+        compiling._found.cache_clear()
+        with compiling.on_cpu(tokens):
+            assert compiling.usable(cpu) is expected, (switch, tokens)
+        assert not compiling.usable(cpu)
+    monkeypatch.delenv("LIMBECK_COMPILE")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    compiling._found.cache_clear()
+    with compiling.on_cpu(compiling.LONG):
+        assert not compiling.usable(cpu)
+    assert "C++ compiler" in str(compiling.missing("cpu"))
+    compiling._found.cache_clear()
 
 
 def test_the_doctor_says_what_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,11 +147,11 @@ def test_the_doctor_says_what_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys.modules[Processor.__module__], "processor", lambda: found)
     monkeypatch.setenv("LIMBECK_COMPILE", "0")
     said = {finding.name: finding for finding in doctor.examine()}
-    assert "switched off by LIMBECK_COMPILE=0" in said["loss and norms"].value
-    assert said["loss and norms"].remedy == ""
+    assert "switched off by LIMBECK_COMPILE=0" in said["loss, norms, gates"].value
+    assert said["loss, norms, gates"].remedy == ""
     assert "padded" in said["attention"].value
     monkeypatch.delenv("LIMBECK_COMPILE")
     monkeypatch.setattr(compiling, "find_spec", lambda _name: None)
-    lacking = next(finding for finding in doctor.examine() if finding.name == "loss and norms")
+    lacking = next(finding for finding in doctor.examine() if finding.name == "loss, norms, gates")
     assert "triton" in lacking.value
     assert "triton" in lacking.remedy

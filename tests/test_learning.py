@@ -20,7 +20,7 @@ from limbeck.errors import RecipeError
 from limbeck.preflight import preflight
 from limbeck.recipe import Recipe
 from limbeck.records import Rollout, Split
-from limbeck.render.batches import collate, collate_packed, padding_share, tiles
+from limbeck.render.batches import collate, collate_packed, padding_share, tiles, width_of
 from limbeck.render.examples import make_example, read_examples
 from limbeck.rundir import RunDir
 from limbeck.tables import read_records
@@ -109,6 +109,31 @@ def test_tiles_hold_every_sequence_once_and_pad_no_more_than_allowed(step, most)
     found = tiles(step, most=most)
     assert sorted(i for tile in found for i in tile) == list(range(len(step)))
     assert padding_share(step, found) <= most + 1e-9
+
+
+@given(lengths, st.sampled_from([0.0, 0.02, 0.2]))
+def test_a_pass_is_widened_only_as_far_as_allowed(pass_, most):
+    width = width_of(pass_, most=most)
+    assert max(pass_) <= width < max(pass_) + 8
+    padded = 1 - sum(pass_) / (width * len(pass_))
+    assert width == max(pass_) or padded <= most + 1e-9
+    round_ = -(-max(pass_) // 8) * 8
+    assert width == round_ or 1 - sum(pass_) / (round_ * len(pass_)) > most - 1e-9
+
+
+def test_a_wider_pass_predicts_the_same():
+    rows = (([5, 6, 7], [False, True, True]), ([8, 9], [False, True]))
+    examples = [
+        make_example(np.int32(row), np.array(mask), prompt_id="", completion=str(n), teacher="", split=Split.TRAIN)
+        for n, (row, mask) in enumerate(rows)
+    ]
+    narrow, wide = collate(examples, 0), collate(examples, 0, width=8)
+    assert wide.tokens_BT.shape == (2, 8)
+    assert torch.equal(wide.tokens_BT[:, :3], narrow.tokens_BT)
+    assert torch.equal(wide.targets_N, narrow.targets_N)
+    assert torch.equal(wide.predict_BT[:, :3], narrow.predict_BT)
+    assert not wide.predict_BT[:, 3:].any()
+    assert not wide.attention_BT[:, 3:].any()
 
 
 @settings(max_examples=30)

@@ -17,7 +17,8 @@ file. Code that a model brings along is never run.
     speech       what a chat template can say beyond text: tools, their calls, their results
     processor    what this machine computes with, in which precision, and with which memory
     attention    attention by plain matrix products, for the CPU
-    compiling    functions of tensors as kernels of their own, for a GPU
+    compiling    functions of tensors as kernels of their own
+    gated        the middle of a gated MLP as one of them
 """
 
 from limbeck.models.load import load_config, load_model, load_tokenizer, release

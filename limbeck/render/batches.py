@@ -15,6 +15,9 @@ from limbeck.seeds import derive_seed
 
 PADDING = 0.02
 """Share of padding up to which batches are mixed; past it, they are sorted more strictly."""
+PASS_PADDING = 0.03
+"""Share of padding up to which the sequences of a step go through the model at once. Another pass takes as long as 100
+tokens or so by itself: each weight's gradient is computed, widened and added once more."""
 _JITTERS = (0.2, 0.1, 0.05, 0.02)
 """How far apart lengths may be, relative to each other, and still change places."""
 
@@ -61,7 +64,7 @@ def padding_share(lengths: Sequence[int], grouped: Sequence[Sequence[int]]) -> f
     return 1 - tokens / positions if positions else 0.0
 
 
-def tiles(lengths: Sequence[int], *, most: float = PADDING) -> list[list[int]]:
+def tiles(lengths: Sequence[int], *, most: float = PASS_PADDING) -> list[list[int]]:
     """Sequences, by their numbers, in the fewest forward passes that pad at most a share `most` of the positions.
 
     A gradient is a sum over sequences, so how they share passes does not change it. Sequences of like length go
@@ -87,6 +90,17 @@ def tiles(lengths: Sequence[int], *, most: float = PADDING) -> list[list[int]]:
             cuts.append(order[begin:end])
         end = begin
     return cuts[::-1]
+
+
+def width_of(lengths: Sequence[int], *, most: float = PASS_PADDING) -> int:
+    """How wide the pass of these sequences is made: a multiple of 8, 4 or 2 where that pads at most a share `most`.
+
+    On a CPU each shape of matrix product is prepared once, which takes 7 ms and 0.7 MB, about twenty times a shape of
+    pass; of 4,000 sequences of 20 to 2,000 tokens, an epoch has 218 shapes so, and 348 without.
+    """
+    longest, tokens = max(lengths), sum(lengths)
+    wider = (-(-longest // step) * step for step in (8, 4, 2))
+    return next((width for width in wider if width * len(lengths) * (1 - most) <= tokens), longest)
 
 
 @dataclass(frozen=True)
@@ -130,11 +144,11 @@ class Batch:
         )
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """The tensors of a batch. Raises `ValueError` for an example whose first token is supervised: nothing
-    predicts it.
+def collate(examples: Sequence[Example], pad_id: int, *, width: int = 0) -> Batch:
+    """The tensors of a batch, as wide as the longest example, or `width` if that is more. Raises `ValueError` for an
+    example whose first token is supervised: nothing predicts it.
     """
-    width = max((len(e.tokens_T) for e in examples), default=0)
+    width = max([width, *(len(e.tokens_T) for e in examples)])
     tokens_BT = np.full((len(examples), width), pad_id, dtype=np.int64)
     attention_BT = np.zeros((len(examples), width), dtype=np.int64)
     mask_BT = np.zeros((len(examples), width), dtype=np.bool_)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch.utils.data import Dataset
 
 from limbeck.records import Example
-from limbeck.render.batches import Batch, collate, collate_packed, tiles
+from limbeck.render.batches import Batch, collate, collate_packed, tiles, width_of
 from limbeck.train.schedule import Schedule, cut
 
 OwnAnswers = Callable[[int], list[Example]]
@@ -72,6 +73,12 @@ class Feed(Dataset[MicroBatch]):
     def __len__(self) -> int:
         return len(self._schedule.steps) * self._accumulate
 
+    @property
+    def tokens(self) -> int:
+        """Of all steps and processes; an answer that the student has yet to write counts as the one it stands for."""
+        read = Counter(i for steps in (self._schedule.steps, self._schedule.prompts) for step in steps for i in step)
+        return sum(times * len(self._examples[i].tokens_T) for i, times in read.items())
+
     def __getitem__(self, index: int) -> MicroBatch:
         step, piece = divmod(index, self._accumulate)
         examples = self._step(step)
@@ -94,5 +101,8 @@ class Feed(Dataset[MicroBatch]):
     def _passes(self, examples: Sequence[Example]) -> tuple[Batch, ...]:
         if self._packed:
             return (collate_packed(examples),)
-        groups = tiles([len(e.tokens_T) for e in examples])
-        return tuple(collate([examples[i] for i in group], _PAD) for group in groups)
+        lengths = [len(e.tokens_T) for e in examples]
+        return tuple(
+            collate([examples[i] for i in group], _PAD, width=width_of([lengths[i] for i in group]))
+            for group in tiles(lengths)
+        )

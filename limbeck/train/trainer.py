@@ -21,6 +21,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from limbeck import ranks
 from limbeck.models.attention import fast_attention
+from limbeck.models.compiling import on_cpu
+from limbeck.models.gated import fused_gates
 from limbeck.models.stream import narrow_stream
 from limbeck.render.batches import Batch
 from limbeck.signal.head import head_of, hidden_states
@@ -64,7 +66,8 @@ class DistillationTrainer(Trainer):
         layers in it. In the backward pass too, which may compute layers again.
         """
         model = cast("PreTrainedModel", self.model)
-        with fast_attention(model), narrow_stream(inner(model), torch.bfloat16 if self.args.bf16 else None):
+        narrow = torch.bfloat16 if self.args.bf16 else None
+        with on_cpu(self._feed.tokens), fast_attention(model), narrow_stream(inner(model), narrow), fused_gates(model):
             return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:

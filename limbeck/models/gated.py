@@ -1,0 +1,122 @@
+"""The product in the middle of a gated MLP, act(gate) * up, as one kernel forward and one backward.
+
+Eager kernels keep the gate's activation beside gate and up for the gradient, and pass over it five times; compiled, the
+activation is computed again in registers. Used where functions are compiled (`compiling`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from limbeck.models.compiling import any_rows, compiled, usable
+
+_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
+"""What the classes of transformers call the parts of a gated MLP."""
+
+
+@contextmanager
+def fused_gates(model: PreTrainedModel) -> Iterator[None]:
+    """While the block runs, the gated MLPs of `model` multiply by `_Gate`, where functions are compiled for its device.
+
+    Only modules that compute down_proj(act_fn(gate_proj(x)) * up_proj(x)), with SiLU or GELU's tanh form.
+    """
+    replaced: list[nn.Module] = []
+    if usable(model.device):
+        for module in model.modules():
+            activation = gate_of(module)
+            if activation is not None:
+                module.forward = _forward(module, activation)
+                replaced.append(module)
+    try:
+        yield
+    finally:
+        for module in replaced:
+            del module.forward
+
+
+@torch.no_grad()
+def gate_of(module: nn.Module) -> str | None:
+    """Which activation a gated MLP has, "silu" or "gelu_tanh"; None for every other module.
+
+    Found by trying: activation and module are compared with the formulas on random numbers.
+    """
+    parts = [part for name in _PARTS if isinstance(part := getattr(module, name, None), nn.Module)]
+    if len(parts) < len(_PARTS):
+        return None
+    gate_proj, up_proj, down_proj, act_fn = parts
+    weight = getattr(gate_proj, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x_ND = torch.randn(4, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    g_N = torch.linspace(-8, 8, 65, device=weight.device)
+    with torch.autocast(weight.device.type, enabled=False):
+        name = next((n for n, act in _ACTIVATIONS.items() if torch.allclose(act_fn(g_N), act(g_N)[0], atol=1e-6)), None)
+        if name is None:
+            return None
+        expected = down_proj(act_fn(gate_proj(x_ND)) * up_proj(x_ND))
+        return name if torch.allclose(module(x_ND), expected, rtol=1e-2, atol=1e-4) else None
+
+
+def _forward(module: nn.Module, activation: str) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        gate, up = module.gate_proj(x), module.up_proj(x)  # pyright: ignore[reportCallIssue]
+        return module.down_proj(_Gate.apply(gate, up, activation))  # pyright: ignore[reportCallIssue]
+
+    return forward
+
+
+class _Gate(torch.autograd.Function):
+    """act(gate) * up, computed in float32 and rounded once; keeps gate and up as they came."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        gate_NI, up_NI = (any_rows(t.detach().reshape(-1, t.shape[-1])) for t in (gate, up))
+        return compiled(_product)(gate_NI, up_NI, activation).view(gate.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore
+        gate, up = ctx.saved_tensors
+        grad_NI, gate_NI, up_NI = (any_rows(t.detach().reshape(-1, t.shape[-1])) for t in (grad, gate, up))
+        grad_gate_NI, grad_up_NI = compiled(_product_back)(grad_NI, gate_NI, up_NI, ctx.activation)
+        return grad_gate_NI.view(gate.shape), grad_up_NI.view(up.shape), None
+
+
+def _product(gate_NI: Tensor, up_NI: Tensor, activation: str) -> Tensor:
+    return (_ACTIVATIONS[activation](_wide(gate_NI))[0] * _wide(up_NI)).to(gate_NI.dtype)
+
+
+def _product_back(grad_NI: Tensor, gate_NI: Tensor, up_NI: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    wide_NI = _wide(grad_NI)
+    act_NI, slope_NI = _ACTIVATIONS[activation](_wide(gate_NI))
+    return (wide_NI * _wide(up_NI) * slope_NI).to(gate_NI.dtype), (wide_NI * act_NI).to(up_NI.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _silu(x: Tensor) -> tuple[Tensor, Tensor]:
+    share = torch.sigmoid(x)
+    return x * share, share * (1 + x * (1 - share))
+
+
+def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU by tanh (arXiv 1606.08415)."""
+    scale, cube = (2 / torch.pi) ** 0.5, 0.044715
+    t = torch.tanh(scale * (x + cube * x**3))
+    return 0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * scale * (1 + 3 * cube * x * x)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"silu": _silu, "gelu_tanh": _gelu_tanh}
+"""Value and derivative."""
