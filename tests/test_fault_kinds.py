@@ -5,9 +5,10 @@ refuse each one, and name it, is asked in test_second_verifier.py.
 from __future__ import annotations
 
 import pytest
-from faults import entries, files, gate, proofs, rows, signatures
+from faults import entries, files, gate, parents, proofs, rows, signatures
 
-RUNS = {f.name: f for f in (*files.FAULTS, *rows.FAULTS, *entries.FAULTS, *signatures.FAULTS, *gate.FAULTS)}
+ALL = (*files.FAULTS, *rows.FAULTS, *entries.FAULTS, *signatures.FAULTS, *gate.FAULTS, *parents.FAULTS)
+RUNS = {f.name: f for f in ALL}
 PROOFS = {f"{f.form}: {f.name}": f for f in proofs.FAULTS}
 
 KINDS = {
@@ -65,6 +66,14 @@ KINDS = {
         "signed anew after an edit, against a kept head",
         "signed anew after an edit, against a kept checkpoint",
     ),
+    "parents changed": (
+        *(f"parents of a row of {name}: {how}" for name in ("leaves", "prompts") for how in parents.EDITS),
+        *(f"parents: {how}" for how in ("dropped", "swapped", "altered", "of another kind")),
+    ),
+    "version of leaves changed": (
+        *("leaves of an unknown version", "leaves said to be older", "older leaves after newer ones"),
+        *(f"{form}: leaves said to be older" for form in ("disclosure", "parents", "share", "spot-check")),
+    ),
     "edited weights": ("weights replaced", "weights renamed", "a bit flipped in student/deep/weights.bin"),
     "edited recipe": ("a character changed in the recipe", "a number changed in the recipe"),
 }
@@ -79,7 +88,7 @@ def test_a_kind_has_its_faults_and_the_second_verifier_sees_it_too(kind):
 
 
 def test_the_corpus_is_no_smaller_than_promised_and_each_fault_has_a_name_and_a_place():
-    names = [f.name for f in (*files.FAULTS, *rows.FAULTS, *entries.FAULTS, *signatures.FAULTS, *gate.FAULTS)]
+    names = [f.name for f in ALL]
     assert len(names) == len(RUNS)
     assert len(proofs.FAULTS) == len(PROOFS)
     assert len(names) >= 60

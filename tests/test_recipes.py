@@ -74,8 +74,9 @@ def test_a_recipe_that_has_its_prompts_written_runs(teacher_dir: Path, tmp_path:
     assert {(row.writer, row.source) for row in rows} == {
         (recipe.teachers[0].name, f"{path.stem}:{recipe.teachers[0].name}")
     }
-    assert all({parent.source for parent in row.parents or ()} == {str(RECIPES / "data" / name)} for row in rows
-               for name in ["documents.jsonl" if path.stem == "documents" else "seeds.jsonl"])  # fmt: skip
+    name = "documents.jsonl" if path.stem == "documents" else "seeds.jsonl"
+    made_from = [{p.source for p in row.parents or () if p.kind != "prompt"} for row in rows]
+    assert made_from == [{str(RECIPES / "data" / name)}] * len(rows)
     scored = "perplexity_on_teacher" if isinstance(recipe.teachers[0], EndpointTeacher) else "kl_forward"
     scores = {(score.name, score.subject): score for score in done.scores}
     assert scores[scored, "student"].value is not None

@@ -19,7 +19,7 @@ import runs
 import stamping
 from command import call
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from faults import entries, files, forger, gate, proofs, rows, signatures
+from faults import entries, files, forger, gate, parents, proofs, rows, signatures
 from faults.kit import Case, Fault, formed
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -30,7 +30,7 @@ from limbeck.run import STAGES
 from limbeck.terms.waivers import make_waiver
 
 FORBIDDEN = "meta/llama-3/2024-04-18"
-FAULTS = [*files.FAULTS, *rows.FAULTS, *entries.FAULTS, *signatures.FAULTS]
+FAULTS = [*files.FAULTS, *rows.FAULTS, *entries.FAULTS, *signatures.FAULTS, *parents.FAULTS]
 
 
 def signing_key():
@@ -41,7 +41,7 @@ def signing_key():
 def good(tmp_path_factory) -> tuple[Path, Path, Path]:
     """A run, another of the same recipe, and a checkpoint of the first that was kept."""
     base = tmp_path_factory.mktemp("good")
-    run, other = runs.make_run(base / "run", gated=False), runs.make_run(base / "other", gated=False)
+    run, other = (runs.make_run(base / name, change=runs.from_seeds) for name in ("run", "other"))
     kept = runs.signed(run)[-1].envelope
     (base / "kept").write_bytes(kept.data)
     return run, other, base / "kept"
@@ -104,7 +104,8 @@ def test_both_refuse_a_gate(fault: Fault, waived, tmp_path, capsys):
 
 
 def two_teachers(records: runs.Records) -> runs.Records:
-    """Every other answer is another teacher's, so that a share has two classes."""
+    """Every other answer is another teacher's, so that a share has two classes; some prompts have parents."""
+    records = runs.from_seeds(records)
     names = [runs.TEACHER if at % 2 else "other" for at in range(runs.PROMPTS)]
     completions = [c.model_copy(update={"teacher": n}) for c, n in zip(records.completions, names, strict=True)]
     verdicts = [
@@ -120,11 +121,12 @@ def hand_over(run: Path, folder: Path) -> dict[str, dict]:
     (folder / "kept").write_bytes(rfc8785.dumps(old))
     for words in (
         ("disclose", "--row", 1, "--field", "terms"),
+        ("disclose", "--row", 3, "--field", "parents"),
         ("share",),
         ("spot-check", "--seed", "a beacon", "--draws", 20, "--raw"),
         ("consistency", "--checkpoint", folder / "kept"),
     ):
-        out = folder / {"disclose": "disclosure"}.get(words[0], words[0])
+        out = folder / {"terms": "disclosure"}.get(str(words[-1]), "parents" if "parents" in words else words[0])
         result = call("ledger", words[0], run, *words[1:], "--out", out)
         assert result.exit_code == 0, result.output
         documents[out.name] = json.loads(out.read_bytes())
@@ -156,7 +158,7 @@ def test_both_refuse_a_document(fault: proofs.Fault, handed, tmp_path, capsys):
     assert fault.place in printed, told
 
 
-@pytest.mark.parametrize("name", ["disclosure", "share", "consistency", "kept"])
+@pytest.mark.parametrize("name", ["disclosure", "parents", "share", "consistency", "kept"])
 def test_a_good_document_holds(name, handed, capsys):
     assert second.main([str(handed[0] / name)]) == 0, "".join(capsys.readouterr())
 
@@ -244,7 +246,7 @@ def test_a_tree_of_two_levels(good, tmp_path, capsys):
     run = shutil.copytree(good[0], tmp_path / "run")
     leaves = [forger.sha(at.to_bytes(4, "big")) for at in range(66_000)]
     with Ledger(run / "ledger.db") as ledger:
-        fact = {"version": 1, "count": len(leaves), "nonce": "00" * 32, "salts": runs.OUTSIDE}
+        fact = {"version": 2, "count": len(leaves), "nonce": "00" * 32, "salts": runs.OUTSIDE}
         inputs = {name: digest for name, digest in ledger.entries()[5].inputs.items()}
         ledger.append(
             stage="seal",

@@ -196,7 +196,7 @@ FORMS = [
         ),
         Fault("a key too many", form, edit(form, lambda d: d.update(more=1)), "more"),
         Fault("a key too few", form, edit(form, lambda d, n=name: d.pop(n)), name),
-        Fault("another version", form, edit(form, lambda d: d.update(form=d["form"][:-1] + "2")), "form"),
+        Fault("another version", form, edit(form, lambda d: d.update(form=d["form"][:-1] + "3")), "form"),
         Fault("not canonical: spaces", form, lambda p, f=form: json.dumps(p.docs[f]).encode(), "byte"),
         Fault("not canonical: a letter as an escape", form, bytes_of(form, b'"form"', b'"\\u0066orm"'), "byte"),
         Fault("two line feeds at the end", form, lambda p, f=form: rfc8785.dumps(p.docs[f]) + b"\n\n", "byte"),
@@ -377,7 +377,35 @@ CONSISTENCIES = [
     Fault("one path, where both are the same", C, lambda p: p.docs[C] | {"old": p.docs[C]["new"]}, "path"),
 ]
 
-FAULTS = [*FORMS, *DISCLOSURES, *SHARES, *SPOT_CHECKS, *CONSISTENCIES]
+OLDER = [
+    Fault(
+        "leaves said to be older",
+        form,
+        edit(form, lambda d: d.update(form=d["form"][:-1] + "1")),
+        "form" if form == P else "root",
+        first="a spot-check of the form" if form == P else "root",
+    )
+    for form in (D, "parents", S, P)
+]
+
+
+def _parents(change: Callable[[list], list]) -> Callable[[Proofs], Doc]:
+    return edit("parents", lambda doc: doc.update(value=change(doc["value"])))
+
+
+PARENTS = [
+    Fault(name, "parents", _parents(change), "path: root", first="the path leads to root")
+    for name, change in {
+        "dropped": lambda told: told[:-1],
+        "swapped": lambda told: [told[0], told[2], told[1]],
+        "altered": lambda told: [told[0], [told[1][0], forger.tagged(b"another")], *told[2:]],
+        "of another kind": lambda told: [told[0], ["document", told[1][1]], *told[2:]],
+        "one more": lambda told: [*told, told[1]],
+        "without kinds": lambda told: [digest for _, digest in told],
+    }.items()
+]
+
+FAULTS = [*FORMS, *DISCLOSURES, *SHARES, *SPOT_CHECKS, *CONSISTENCIES, *OLDER, *PARENTS]
 
 
 def write(path: Path, made: bytes | Doc) -> None:

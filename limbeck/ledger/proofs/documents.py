@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from limbeck.errors import InputError, Problem
 from limbeck.ledger.canonical import canonical, digest_bytes, read_json
+from limbeck.ledger.merkle.fields import Version
 from limbeck.ledger.merkle.order import LeafSet, leaf_sets
 from limbeck.ledger.sealing import refuse_unsealed
 from limbeck.ledger.signing.checkpoints import Made, checkpoints
@@ -46,10 +47,21 @@ class SignedRoot(_Strict):
         return enveloped(self.statement, self.keyid, self.sig)
 
 
-class Disclosure(_Strict):
+class _OfLeaves(_Strict):
+    """A document that hashes of examples come out of. The number of its form is the version of their leaves."""
+
+    form: str
+
+    @property
+    def version(self) -> Version:
+        """Of the leaves."""
+        return 1 if self.form.endswith("/1") else 2
+
+
+class Disclosure(_OfLeaves):
     """One field of one row."""
 
-    form: Literal["limbeck-disclosure/1"] = "limbeck-disclosure/1"
+    form: Literal["limbeck-disclosure/1", "limbeck-disclosure/2"]
     checkpoint: SignedRoot
     row: Count
     field: str
@@ -76,10 +88,10 @@ class ClassShare(_Strict):
     tokens: Count
 
 
-class ShareDocument(_Strict):
+class ShareDocument(_OfLeaves):
     """The blinded manifest, and what it adds up to."""
 
-    form: Literal["limbeck-share/1"] = "limbeck-share/1"
+    form: Literal["limbeck-share/1", "limbeck-share/2"]
     checkpoint: SignedRoot
     before: list[str]
     classes: list[str]
@@ -98,10 +110,10 @@ class OpenedRow(_Strict):
     response: str | None = None
 
 
-class SpotCheckDocument(_Strict):
+class SpotCheckDocument(_OfLeaves):
     """The rows that a seed picked."""
 
-    form: Literal["limbeck-spot-check/1"] = "limbeck-spot-check/1"
+    form: Literal["limbeck-spot-check/1", "limbeck-spot-check/2"]
     checkpoint: SignedRoot
     share: Digest
     seed: str
@@ -120,10 +132,15 @@ class ConsistencyDocument(_Strict):
 
 Document = Disclosure | ShareDocument | SpotCheckDocument | ConsistencyDocument
 _FORMS: dict[str, type[Document]] = {
-    str(kind.model_fields["form"].default): kind
+    form: kind
     for kind in (Disclosure, ShareDocument, SpotCheckDocument, ConsistencyDocument)
+    for form in get_args(kind.model_fields["form"].annotation)
 }
-T = TypeVar("T", bound=BaseModel)
+
+
+def form_of(kind: type[_OfLeaves], version: Version) -> Any:
+    """What a document of this kind about leaves of a version is called."""
+    return get_args(kind.model_fields["form"].annotation)[version - 1]
 
 
 def document_bytes(document: Document) -> bytes:
