@@ -192,8 +192,8 @@ class SelfInstruct:
         texts = tuple(" ".join(piece.text.split()) for piece in examples)
         instruction = told("list", examples=texts, each=self._source.each)
         parents = tuple(dict.fromkeys(parent for piece in seeds for parent in piece.parents))
-        before = tuple(Prompt.id_of(piece.messages) for piece in own)
-        return Task(instruction, number, parents, texts, lambda text: (_user(text),), listed=True, before=before)
+        ids = tuple(Prompt.id_of(piece.messages) for piece in own)
+        return Task(instruction, number, parents, texts, lambda text: (_user(text),), listed=True, before=ids)
 
 
 class MultiTurn:

@@ -47,18 +47,7 @@ class SignedRoot(_Strict):
         return enveloped(self.statement, self.keyid, self.sig)
 
 
-class _OfLeaves(_Strict):
-    """A document that hashes of examples come out of. The number of its form is the version of their leaves."""
-
-    form: str
-
-    @property
-    def version(self) -> Version:
-        """Of the leaves."""
-        return 1 if self.form.endswith("/1") else 2
-
-
-class Disclosure(_OfLeaves):
+class Disclosure(_Strict):
     """One field of one row."""
 
     form: Literal["limbeck-disclosure/1", "limbeck-disclosure/2"]
@@ -88,7 +77,7 @@ class ClassShare(_Strict):
     tokens: Count
 
 
-class ShareDocument(_OfLeaves):
+class ShareDocument(_Strict):
     """The blinded manifest, and what it adds up to."""
 
     form: Literal["limbeck-share/1", "limbeck-share/2"]
@@ -110,7 +99,7 @@ class OpenedRow(_Strict):
     response: str | None = None
 
 
-class SpotCheckDocument(_OfLeaves):
+class SpotCheckDocument(_Strict):
     """The rows that a seed picked."""
 
     form: Literal["limbeck-spot-check/1", "limbeck-spot-check/2"]
@@ -138,9 +127,18 @@ _FORMS: dict[str, type[Document]] = {
 }
 
 
-def form_of(kind: type[_OfLeaves], version: Version) -> Any:
+OfLeaves = Disclosure | ShareDocument | SpotCheckDocument
+"""Documents that hashes of examples come out of. The number of their form is the version of the leaves."""
+
+
+def form_of(kind: type[OfLeaves], version: Version) -> Any:
     """What a document of this kind about leaves of a version is called."""
     return get_args(kind.model_fields["form"].annotation)[version - 1]
+
+
+def version_of(document: OfLeaves) -> Version:
+    """The version of the leaves that a document is about."""
+    return 1 if document.form.endswith("/1") else 2
 
 
 def document_bytes(document: Document) -> bytes:

@@ -27,6 +27,7 @@ from limbeck.ledger.proofs.documents import (
     checked_root,
     covering,
     form_of,
+    version_of,
 )
 from limbeck.ledger.sealing import parse_row, read_rows, salts_for
 from limbeck.ledger.signing.envelope import unbase64
@@ -118,13 +119,13 @@ def check_share(document: ShareDocument) -> CheckedShare:
     if document.classes != sorted(set(document.classes)) or any(c >= len(document.classes) for c in rows.class_):
         raise ValueError("classes that are not sorted, come twice, or are missing")
     shares = list(_share_digests(document.classes, rows, salts))
-    leaves = [example_hash(p, s, document.version) for p, s in zip(private, shares, strict=True)]
+    leaves = [example_hash(p, s, version_of(document)) for p, s in zip(private, shares, strict=True)]
     if (made := root([*before, *leaves, *after])) != signed.statement.root:
         raise ValueError(f"the rows make root {made.hex()}, the signed one is {signed.statement.root.hex()}")
     if document.shares != (due := added_up(document.classes, rows)):
         raise ValueError(f"the shares are said to be {document.shares}, the rows add up to {due}")
     weights = (tokens if split == 0 else 0 for tokens, split in zip(rows.tokens, rows.split, strict=True))
-    return CheckedShare(signed, private, shares, list(accumulate(weights)), document.version)
+    return CheckedShare(signed, private, shares, list(accumulate(weights)), version_of(document))
 
 
 def _share_digests(classes: Sequence[str], rows: ShareRows, salts: Sequence[bytes]) -> Iterator[Hash]:

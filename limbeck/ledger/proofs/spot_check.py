@@ -18,7 +18,14 @@ from limbeck.ledger.canonical import canonical, digest_bytes, digest_json
 from limbeck.ledger.merkle.fields import FIELDS, commit, encode, field_digest, fields_root, salts_of
 from limbeck.ledger.merkle.salts import SALT, Salts
 from limbeck.ledger.merkle.tree import Hash
-from limbeck.ledger.proofs.documents import OpenedRow, ShareDocument, SpotCheckDocument, document_bytes, form_of
+from limbeck.ledger.proofs.documents import (
+    OpenedRow,
+    ShareDocument,
+    SpotCheckDocument,
+    document_bytes,
+    form_of,
+    version_of,
+)
 from limbeck.ledger.proofs.share import CheckedShare, check_share
 from limbeck.ledger.raw_answers import RawAnswers
 from limbeck.ledger.sealing import parse_row, read_row, salts_for
@@ -57,7 +64,7 @@ def spot_check(run: Path, manifest: ShareDocument, seed: str, draws: int, *, raw
     salts = salts_for(sets[-1])
     rows = sorted(set(picks(checked.root.statement.root, seed, draws, checked.running)))
     return SpotCheckDocument(
-        form=form_of(SpotCheckDocument, manifest.version),
+        form=form_of(SpotCheckDocument, version_of(manifest)),
         checkpoint=manifest.checkpoint,
         share=digest_bytes(document_bytes(manifest)),
         seed=seed,
@@ -102,7 +109,7 @@ def check_spot_check(document: SpotCheckDocument, manifest: ShareDocument, diges
     """
     if document.share != digest:
         raise ValueError(f"a spot-check of share {document.share}, not of {digest}; {_OTHER_SHARE}")
-    if document.version != manifest.version:
+    if version_of(document) != version_of(manifest):
         raise ValueError(f"a spot-check of the form {document.form} of a share of the form {manifest.form}")
     if document.checkpoint != manifest.checkpoint:
         own, due = (digest_json(one.model_dump(mode="json")) for one in (document.checkpoint, manifest.checkpoint))
