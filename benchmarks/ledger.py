@@ -225,10 +225,10 @@ import json, sys, time
 from limbeck.ledger import verify
 begun = time.perf_counter()
 result = verify(sys.argv[1])
-seconds = time.perf_counter() - begun
+seconds = time.perf_counter() - begun, time.process_time()
 assert result.ok, result.differences[:3]
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:")).split()[1]
-print(json.dumps([seconds, int(peak) / 1024]))
+print(json.dumps([*seconds, int(peak) / 1024]))
 """
 
 
@@ -239,7 +239,8 @@ def measure(folder: Path, count: int, answers: str = "local") -> dict[str, float
     if not root.exists():
         told |= _made(root, recipe, count)
     done = subprocess.run([sys.executable, "-c", _VERIFY, root], check=True, capture_output=True, text=True)
-    told["verify, seconds"], told["verify, MiB"] = json.loads(done.stdout)
+    names = ("verify, seconds", "verify, processor's seconds with starting", "verify, MiB")
+    told |= zip(names, json.loads(done.stdout), strict=True)
     return told | _disclosed(root, count)
 
 

@@ -18,6 +18,7 @@ import yaml
 from typer.testing import CliRunner
 
 from limbeck.cli import app
+from limbeck.export.evidence import MadeFrom
 from limbeck.export.facts import Facts, read_facts
 from limbeck.export.formats import DOCUMENTS
 from limbeck.export.rulings import register_says, row_of
@@ -42,7 +43,10 @@ def foreign(facts: Facts) -> Facts:
     seen = one.seen._replace(name="hf:meta-llama/Llama-3.1-8B-Instruct@abc", terms=LLAMA)
     ruling = register_says(LLAMA, Use(), [one.first], "self-hosted")
     other = one._replace(seen=seen, tokens=3 * one.tokens, share=0.75, ruling=ruling, terms=row_of(LLAMA))
-    return dataclasses.replace(facts, teachers=(one._replace(share=0.25), other))
+    rows = (MadeFrom("seed", "/home/me/seeds.jsonl", "MIT"), MadeFrom("document", "docs.jsonl", "CC-BY-4.0"))
+    first, *more = facts.evidence.sources
+    evidence = dataclasses.replace(facts.evidence, sources=(first._replace(made_from=rows), *more))
+    return dataclasses.replace(facts, teachers=(one._replace(share=0.25), other), evidence=evidence)
 
 
 def run_cli(*words: object) -> tuple[int, str, str]:
@@ -117,6 +121,23 @@ def test_spdx_is_valid_by_its_model(facts, foreign):
     broken = io.BytesIO(MAKE["spdx"](facts).replace('"text"\n', '"words"\n').encode())
     with pytest.raises(ValueError, match="words"):
         model.JSONLDDeserializer().read(broken, model.SHACLObjectSet())
+
+
+def test_what_prompts_were_written_from_stands_in_the_fields_of_each_standard(foreign):
+    """SPDX: descendantOf. CycloneDX: pedigree.ancestors. Croissant: wasDerivedFrom of what the set was derived from."""
+    graph = {e.get("spdxId"): e for e in json.loads(MAKE["spdx"](foreign))["@graph"]}
+    relations = [e for e in graph.values() if e.get("relationshipType") == "descendantOf"]
+    found = {graph[one]["name"]: one for r in relations for one in r["to"] if "prompts-0" in r["from"]}
+    assert {*found} == {"seeds.jsonl", "docs.jsonl"}
+    for one in found.values():
+        assert [e for e in graph.values() if e.get("relationshipType") == "hasDeclaredLicense" and e["from"] == one]
+    (prompts,) = [c for c in json.loads(MAKE["cyclonedx"](foreign))["components"] if c.get("bom-ref") == "prompts:0"]
+    ancestors = {one["name"]: one["licenses"][0]["license"]["id"] for one in prompts["pedigree"]["ancestors"]}
+    assert ancestors == {"seeds.jsonl": "MIT", "docs.jsonl": "CC-BY-4.0"}
+    (source, *_) = json.loads(MAKE["croissant"](foreign))["prov:wasDerivedFrom"]
+    told = {(one["prov:label"], one["limbeck:parent-kind"]) for one in source["prov:wasDerivedFrom"]}
+    assert told == {("seeds.jsonl", "seed"), ("docs.jsonl", "document")}
+    assert source["prov:wasAttributedTo"]["prov:label"] == foreign.evidence.sources[0].writer
 
 
 def test_spdx_gives_each_teachers_answers_their_share_and_terms(foreign):

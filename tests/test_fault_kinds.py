@@ -56,6 +56,7 @@ KINDS = {
     ),
     "wrong key": (
         *("signed by another key", "another key's name", "a waiver by another key", "a token of another key"),
+        *(f"consistency: {one} checkpoint by another key where one is demanded" for one in ("an old", "a new")),
         *(
             f"{form}: another key where one is demanded"
             for form in ("disclosure", "share", "spot-check", "consistency")

@@ -99,6 +99,17 @@ def another_key(form: str) -> Callable[[Proofs], Doc]:
     return lambda proofs: signed_anew(form, lambda _: None)(proofs._replace(key=Ed25519PrivateKey.generate()))
 
 
+def other_signer(name: str) -> Callable[[Proofs], Doc]:
+    """One of two checkpoints, with the same statement, under the signature of somebody else."""
+
+    def make(proofs: Proofs) -> Doc:
+        signed = proofs.docs[C][name]
+        signature = forger.envelope(signed["statement"], Ed25519PrivateKey.generate())["signatures"][0]
+        return proofs.docs[C] | {name: signed | signature}
+
+    return make
+
+
 def others(form: str, key: str) -> Callable[[Proofs], Doc]:
     """One key of the document as another log's document has it."""
     return lambda proofs: proofs.docs[form] | {key: proofs.others[form][key]}
@@ -359,6 +370,22 @@ CONSISTENCIES = [
         C,
         signed_anew(C, lambda s: s["predicate"].update(examples={"first": 0, "count": 2**50})),
         "examples",
+    ),
+    Fault(
+        "an old checkpoint by another key where one is demanded",
+        C,
+        other_signer("old"),
+        "old: keyid",
+        ("--key", "KEY"),
+        "the older checkpoint is signed by",
+    ),
+    Fault(
+        "a new checkpoint by another key where one is demanded",
+        C,
+        other_signer("new"),
+        "new: keyid",
+        ("--key", "KEY"),
+        "signed by",
     ),
     Fault("old and new exchanged", C, edit(C, exchanged), "size"),
     Fault("no path", C, edit(C, lambda d: d.update(path="")), "path"),
