@@ -5,11 +5,11 @@ refuse each one, and name it, is asked in test_second_verifier.py.
 from __future__ import annotations
 
 import pytest
-from faults import entries, files, gate, parents, proofs, rows, signatures
+from faults import entries, files, gate, handed, parents, proofs, rows, signatures
 
 ALL = (*files.FAULTS, *rows.FAULTS, *entries.FAULTS, *signatures.FAULTS, *gate.FAULTS, *parents.FAULTS)
 RUNS = {f.name: f for f in ALL}
-PROOFS = {f"{f.form}: {f.name}": f for f in proofs.FAULTS}
+PROOFS = {f"{f.form}: {f.name}": f for f in (*proofs.FAULTS, *handed.FAULTS)}
 
 KINDS = {
     "bit flipped in each kind of file": (
@@ -91,7 +91,7 @@ def test_a_kind_has_its_faults_and_the_second_verifier_sees_it_too(kind):
 def test_the_corpus_is_no_smaller_than_promised_and_each_fault_has_a_name_and_a_place():
     names = [f.name for f in ALL]
     assert len(names) == len(RUNS)
-    assert len(proofs.FAULTS) == len(PROOFS)
+    assert len([*proofs.FAULTS, *handed.FAULTS]) == len(PROOFS)
     assert len(names) >= 60
     assert all((fault.first or fault.place) if fault.unseen else fault.place for fault in RUNS.values())
     assert all(fault.place for fault in PROOFS.values())

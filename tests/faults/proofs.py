@@ -99,17 +99,6 @@ def another_key(form: str) -> Callable[[Proofs], Doc]:
     return lambda proofs: signed_anew(form, lambda _: None)(proofs._replace(key=Ed25519PrivateKey.generate()))
 
 
-def other_signer(name: str) -> Callable[[Proofs], Doc]:
-    """One of two checkpoints, with the same statement, under the signature of somebody else."""
-
-    def make(proofs: Proofs) -> Doc:
-        signed = proofs.docs[C][name]
-        signature = forger.envelope(signed["statement"], Ed25519PrivateKey.generate())["signatures"][0]
-        return proofs.docs[C] | {name: signed | signature}
-
-    return make
-
-
 def others(form: str, key: str) -> Callable[[Proofs], Doc]:
     """One key of the document as another log's document has it."""
     return lambda proofs: proofs.docs[form] | {key: proofs.others[form][key]}
@@ -371,22 +360,6 @@ CONSISTENCIES = [
         signed_anew(C, lambda s: s["predicate"].update(examples={"first": 0, "count": 2**50})),
         "examples",
     ),
-    Fault(
-        "an old checkpoint by another key where one is demanded",
-        C,
-        other_signer("old"),
-        "old: keyid",
-        ("--key", "KEY"),
-        "the older checkpoint is signed by",
-    ),
-    Fault(
-        "a new checkpoint by another key where one is demanded",
-        C,
-        other_signer("new"),
-        "new: keyid",
-        ("--key", "KEY"),
-        "signed by",
-    ),
     Fault("old and new exchanged", C, edit(C, exchanged), "size"),
     Fault("no path", C, edit(C, lambda d: d.update(path="")), "path"),
     Fault("a bit flipped in the path", C, edit(C, lambda d: flip(d, "path")), "path"),
@@ -404,35 +377,7 @@ CONSISTENCIES = [
     Fault("one path, where both are the same", C, lambda p: p.docs[C] | {"old": p.docs[C]["new"]}, "path"),
 ]
 
-OLDER = [
-    Fault(
-        "leaves said to be older",
-        form,
-        edit(form, lambda d: d.update(form=d["form"][:-1] + "1")),
-        "form" if form == P else "root",
-        first="a spot-check of the form" if form == P else "root",
-    )
-    for form in (D, "parents", S, P)
-]
-
-
-def _parents(change: Callable[[list], list]) -> Callable[[Proofs], Doc]:
-    return edit("parents", lambda doc: doc.update(value=change(doc["value"])))
-
-
-PARENTS = [
-    Fault(name, "parents", _parents(change), "path: root", first="the path leads to root")
-    for name, change in {
-        "dropped": lambda told: told[:-1],
-        "swapped": lambda told: [told[0], told[2], told[1]],
-        "altered": lambda told: [told[0], [told[1][0], forger.tagged(b"another")], *told[2:]],
-        "of another kind": lambda told: [told[0], ["document", told[1][1]], *told[2:]],
-        "one more": lambda told: [*told, told[1]],
-        "without kinds": lambda told: [digest for _, digest in told],
-    }.items()
-]
-
-FAULTS = [*FORMS, *DISCLOSURES, *SHARES, *SPOT_CHECKS, *CONSISTENCIES, *OLDER, *PARENTS]
+FAULTS = [*FORMS, *DISCLOSURES, *SHARES, *SPOT_CHECKS, *CONSISTENCIES]
 
 
 def write(path: Path, made: bytes | Doc) -> None:
