@@ -17,11 +17,13 @@ import rdflib
 import yaml
 from typer.testing import CliRunner
 
+import limbeck
 from limbeck.cli import app
 from limbeck.export.evidence import MadeFrom
 from limbeck.export.facts import Facts, read_facts
 from limbeck.export.formats import DOCUMENTS
 from limbeck.export.rulings import register_says, row_of
+from limbeck.export.teachers import owner
 from limbeck.export.words import markdown
 from limbeck.ledger.proofs.share import share
 from limbeck.ledger.store import Ledger
@@ -309,3 +311,13 @@ def test_exports_go_to_standard_output_or_to_a_file(finished_run, tmp_path):
     assert code == 0
     assert run_cli("export", finished_run, "--to", "cyclonedx", "--out", tmp_path / "bom.json")[0] == 0
     assert (tmp_path / "bom.json").read_text(encoding="utf-8") == out
+
+
+def test_a_teachers_owner_is_the_holder_of_its_terms_by_the_register(facts):
+    (one,) = facts.teachers
+    (path,) = (Path(limbeck.__file__).parent / "terms" / "register").glob("meta__llama-3.1__*")
+    holder = yaml.safe_load(path.read_text(encoding="utf-8"))["holder"]
+    said = owner(one.seen._replace(terms=LLAMA))
+    assert said.startswith(f"{holder}, as the register names")
+    assert owner(one.seen._replace(terms="own-model")) != said
+    assert owner(one.seen._replace(terms="unknown")) == "Not recorded."

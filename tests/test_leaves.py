@@ -15,6 +15,7 @@ import runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from limbeck.collect.endpoints.teacher import Endpoint
 from limbeck.errors import StaleError
 from limbeck.ledger import leaf_columns
 from limbeck.ledger.layout import TREE
@@ -33,7 +34,8 @@ from limbeck.ledger.merkle.hashing import EncodedColumns, commit_hashes
 from limbeck.ledger.merkle.salts import Salts, expand
 from limbeck.ledger.merkle.stored import StoredTree
 from limbeck.ledger.merkle.tree import consistent, leaf_hash, root, root_from_path
-from limbeck.ledger.sealing import leaves
+from limbeck.ledger.sealing import leaves, sampling_of
+from limbeck.recipe import EndpointTeacher, Recipe
 from limbeck.records import Parent, Prompt
 from limbeck.rundir import RunDir
 from limbeck.tables import read_records, write_records
@@ -287,3 +289,39 @@ def test_values_by_column_are_those_of_each_row(version, order, tmp_path):
             list(ways(recipe, run, version))
         said.append(error.value.problems)
     assert said[0] == said[1]
+
+
+ASKED = [
+    {"kind": "openai", "model": "a", "extra": {"reasoning_effort": "low"}},
+    {"kind": "openai", "model": "b", "omit": ["temperature", "seed"]},
+    {"kind": "openai", "api": "responses", "model": "c"},
+    {"kind": "anthropic", "model": "d", "omit": ["top_p"]},
+]
+
+
+@pytest.mark.parametrize("teacher", ASKED, ids=lambda one: one["model"])
+def test_a_leaf_says_of_the_sampling_what_the_request_says(teacher):
+    told = runs.RECIPE.model_dump(mode="json") | {
+        "teacher": teacher | {"terms": "own-model"},
+        "prompts": [{"kind": "file", "path": "eggs.jsonl"}],
+        "collect": {"max_tokens": 77, "temperature": 0.4, "top_p": 0.9},
+        "student": {"kind": "pretrained", "model": "nowhere"},
+        "signal": {"kind": "text"},
+        "train": {"loss": "cross_entropy"},
+    }
+    recipe = Recipe.model_validate(told)
+    (settings,) = recipe.teachers
+    assert isinstance(settings, EndpointTeacher)
+    body = json.loads(Endpoint(settings, recipe.collect, recipe.seed).request(runs._prompt(0), 0).body)["body"]
+    said = sampling_of(recipe, settings.name, 0, 2)
+    assert isinstance(said, dict)
+    assert {key for key in ("seed", "temperature", "top_p") if said[key] is not None} == {
+        key for key in ("seed", "temperature", "top_p") if key in body
+    }
+    assert said["max_tokens"] == 77
+    assert 77 in body.values()
+    assert said["extra"] == {key: body[key] for key in teacher.get("extra", {})}
+    assert sampling_of(recipe, "somebody else, or a file", 3, 2) == {
+        **dict.fromkeys(("max_tokens", "seed", "temperature", "top_p")),
+        **{"extra": {}, "sample": 3},
+    }
