@@ -41,7 +41,7 @@ from limbeck.ledger.proofs.documents import document_bytes
 from limbeck.ledger.sealing import leaf_hashes, seal
 from limbeck.ledger.signing.checkpoints import sign_checkpoint
 from limbeck.ledger.store import Ledger
-from limbeck.recipe import Recipe
+from limbeck.recipe import EndpointTeacher, Recipe
 from limbeck.records import Completion, Message, Prompt, Split, Verdict
 from limbeck.rundir import RunDir
 from limbeck.tables import write_records
@@ -102,7 +102,9 @@ def _raw(kind: str, place: int, text: str) -> bytes:
 
 def _asked(count: int, journal: Journal, recipe: Recipe) -> Iterator[tuple[Prompt, Completion]]:
     """As `_records`, with answers of endpoints, read by the code that collects them."""
-    teachers = [Endpoint(one, recipe.collect, recipe.seed) for one in recipe.teachers if one.kind in _APIS]
+    teachers = [
+        Endpoint(one, recipe.collect, recipe.seed) for one in recipe.teachers if isinstance(one, EndpointTeacher)
+    ]
     made: list[tuple[Prompt, Answer, Endpoint]] = []
     for place in range(count):
         prompt, teacher = _prompt(place), teachers[place % 2]
