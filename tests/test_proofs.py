@@ -267,7 +267,7 @@ def test_files_are_read_strictly(whole, tmp_path, manifest, checked):
             json.dumps(value).encode(),
             canonical(value | {"more": 1}),
             canonical({k: v for k, v in value.items() if k != "checkpoint"}),
-            canonical(value | {"form": "limbeck-disclosure/2"}),
+            canonical(value | {"form": "limbeck-disclosure/3"}),
             canonical(value | {"form": []}),
             data[:-1] + b',"form":"x"}',
             data[:-5],
