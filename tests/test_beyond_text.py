@@ -367,7 +367,7 @@ def test_leaves_cover_the_calls_of_answers_and_no_plain_answers_digest_changes(t
         values = (said | {"tool_calls": calls}, [*asked, calls]) if calls else (said, asked)
         due.append(tuple("sha256:" + hashlib.sha256(rfc8785.dumps(value)).hexdigest() for value in values))
     leaves = [parse_row(row).values for row in read_rows(run)]
-    assert [(leaf["completion"], leaf["parents"]) for leaf in leaves] == [(one, [whole]) for one, whole in due]
+    assert [(one["completion"], one["parents"]) for one in leaves] == [(a, [["completion", b]]) for a, b in due]
     assert answers[0].tool_calls
     assert not any(c.tool_calls for c in answers[1:])
     (told,) = verify(run).differences  # the journaled answer, of a form without calls, called nothing

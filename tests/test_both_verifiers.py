@@ -11,6 +11,11 @@ import runs
 from command import call
 from verifier import second
 
+from limbeck.ledger.sealing import seal
+from limbeck.ledger.store import Ledger
+from limbeck.run import STAGES
+from limbeck.rundir import RunDir
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
@@ -66,3 +71,46 @@ def test_the_gates_field_is_explained_alike_by_all(run, tmp_path, capsys):
     assert call("ledger", "disclose", run, "--row", 0, "--field", "terms", "--out", other).exit_code == 0
     terms = verified(capsys, other)
     assert meant not in terms
+
+
+def test_leaves_of_both_versions_are_read_and_a_ledger_may_go_on_from_one_to_the_other(tmp_path, capsys, monkeypatch):
+    """Sealed by an earlier release, everything holds under the older number; sealed again, under the newer."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr("limbeck.ledger.sealing.NEWEST", 1)
+        run = runs.make_run(tmp_path / "run", change=runs.from_seeds, until="seal")
+    assert call("ledger", "checkpoint", run).exit_code == 0
+    _handed_over(run, tmp_path / "1", 1, capsys)
+    (stage,) = [stage for stage in STAGES if stage.name == "seal"]
+    with Ledger(run / "ledger.db") as ledger:
+        facts = seal(runs.RECIPE, RunDir(run))
+        runs.enter(ledger, run, stage.name, stage.reads, stage.writes, facts)
+    assert call("ledger", "checkpoint", run).exit_code == 0
+    _handed_over(run, tmp_path / "2", 2, capsys)
+    old = tmp_path / "1" / "share"
+    mixed = call("ledger", "check", tmp_path / "2" / "spot-check", "--share", old)
+    assert mixed.exit_code == second.main([str(tmp_path / "2" / "spot-check"), str(old)]) == 1
+
+
+FORM = {"parents": "disclosure", "share": "share", "spot-check": "spot-check"}
+
+
+def _handed_over(run: Path, folder: Path, version: int, capsys) -> None:
+    """Run and proofs are accepted by both, and name this version."""
+    folder.mkdir()
+    first = call("ledger", "verify", run)
+    assert first.exit_code == 0, first.output
+    verified(capsys, run)
+    for words in (
+        ("disclose", "--row", 3, "--field", "parents"),
+        ("share",),
+        ("spot-check", "--seed", "a beacon", "--draws", 9),
+    ):
+        out = folder / {"disclose": "parents"}.get(words[0], words[0])
+        assert call("ledger", words[0], run, *words[1:], "--out", out).exit_code == 0
+        assert json.loads(out.read_bytes())["form"] == f"limbeck-{FORM[out.name]}/{version}"
+        share = [folder / "share"] if words[0] == "spot-check" else []
+        held = call("ledger", "check", out, *(["--share", *share] if share else []))
+        assert held.exit_code == 0, held.output
+        verified(capsys, out, *share)
+    told = json.loads((folder / "parents").read_bytes())["value"]
+    assert [type(one) for one in told] == ([str] if version == 1 else [list] * 3)

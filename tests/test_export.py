@@ -17,10 +17,13 @@ import rdflib
 import yaml
 from typer.testing import CliRunner
 
+import limbeck
 from limbeck.cli import app
+from limbeck.export.evidence import MadeFrom
 from limbeck.export.facts import Facts, read_facts
 from limbeck.export.formats import DOCUMENTS
 from limbeck.export.rulings import register_says, row_of
+from limbeck.export.teachers import owner
 from limbeck.export.words import markdown
 from limbeck.ledger.proofs.share import share
 from limbeck.ledger.store import Ledger
@@ -42,7 +45,10 @@ def foreign(facts: Facts) -> Facts:
     seen = one.seen._replace(name="hf:meta-llama/Llama-3.1-8B-Instruct@abc", terms=LLAMA)
     ruling = register_says(LLAMA, Use(), [one.first], "self-hosted")
     other = one._replace(seen=seen, tokens=3 * one.tokens, share=0.75, ruling=ruling, terms=row_of(LLAMA))
-    return dataclasses.replace(facts, teachers=(one._replace(share=0.25), other))
+    rows = (MadeFrom("seed", "/home/me/seeds.jsonl", "MIT"), MadeFrom("document", "docs.jsonl", "CC-BY-4.0"))
+    first, *more = facts.evidence.sources
+    evidence = dataclasses.replace(facts.evidence, sources=(first._replace(made_from=rows), *more))
+    return dataclasses.replace(facts, teachers=(one._replace(share=0.25), other), evidence=evidence)
 
 
 def run_cli(*words: object) -> tuple[int, str, str]:
@@ -117,6 +123,26 @@ def test_spdx_is_valid_by_its_model(facts, foreign):
     broken = io.BytesIO(MAKE["spdx"](facts).replace('"text"\n', '"words"\n').encode())
     with pytest.raises(ValueError, match="words"):
         model.JSONLDDeserializer().read(broken, model.SHACLObjectSet())
+
+
+def test_what_prompts_were_written_from_stands_in_the_fields_of_each_standard(foreign):
+    """SPDX: descendantOf. CycloneDX: pedigree.ancestors. Croissant: wasDerivedFrom of what the set was derived from."""
+    first, *more = foreign.evidence.sources
+    evidence = dataclasses.replace(foreign.evidence, sources=(first._replace(writer="a writer"), *more))
+    foreign = dataclasses.replace(foreign, evidence=evidence)
+    graph = {e.get("spdxId"): e for e in json.loads(MAKE["spdx"](foreign))["@graph"]}
+    relations = [e for e in graph.values() if e.get("relationshipType") == "descendantOf"]
+    found = {graph[one]["name"]: one for r in relations for one in r["to"] if "prompts-0" in r["from"]}
+    assert {*found} == {"seeds.jsonl", "docs.jsonl"}
+    for one in found.values():
+        assert [e for e in graph.values() if e.get("relationshipType") == "hasDeclaredLicense" and e["from"] == one]
+    (prompts,) = [c for c in json.loads(MAKE["cyclonedx"](foreign))["components"] if c.get("bom-ref") == "prompts:0"]
+    ancestors = {one["name"]: one["licenses"][0]["license"]["id"] for one in prompts["pedigree"]["ancestors"]}
+    assert ancestors == {"seeds.jsonl": "MIT", "docs.jsonl": "CC-BY-4.0"}
+    (source, *_) = json.loads(MAKE["croissant"](foreign))["prov:wasDerivedFrom"]
+    told = {(one["prov:label"], one["limbeck:parent-kind"]) for one in source["prov:wasDerivedFrom"]}
+    assert told == {("seeds.jsonl", "seed"), ("docs.jsonl", "document")}
+    assert source["prov:wasAttributedTo"]["prov:label"] == "a writer"
 
 
 def test_spdx_gives_each_teachers_answers_their_share_and_terms(foreign):
@@ -285,3 +311,13 @@ def test_exports_go_to_standard_output_or_to_a_file(finished_run, tmp_path):
     assert code == 0
     assert run_cli("export", finished_run, "--to", "cyclonedx", "--out", tmp_path / "bom.json")[0] == 0
     assert (tmp_path / "bom.json").read_text(encoding="utf-8") == out
+
+
+def test_a_teachers_owner_is_the_holder_of_its_terms_by_the_register(facts):
+    (one,) = facts.teachers
+    (path,) = (Path(limbeck.__file__).parent / "terms" / "register").glob("meta__llama-3.1__*")
+    holder = yaml.safe_load(path.read_text(encoding="utf-8"))["holder"]
+    said = owner(one.seen._replace(terms=LLAMA))
+    assert said.startswith(f"{holder}, as the register names")
+    assert owner(one.seen._replace(terms="own-model")) != said
+    assert owner(one.seen._replace(terms="unknown")) == "Not recorded."

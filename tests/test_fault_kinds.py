@@ -5,10 +5,11 @@ refuse each one, and name it, is asked in test_second_verifier.py.
 from __future__ import annotations
 
 import pytest
-from faults import entries, files, gate, proofs, rows, signatures
+from faults import entries, files, gate, handed, parents, proofs, rows, signatures
 
-RUNS = {f.name: f for f in (*files.FAULTS, *rows.FAULTS, *entries.FAULTS, *signatures.FAULTS, *gate.FAULTS)}
-PROOFS = {f"{f.form}: {f.name}": f for f in proofs.FAULTS}
+ALL = (*files.FAULTS, *rows.FAULTS, *entries.FAULTS, *signatures.FAULTS, *gate.FAULTS, *parents.FAULTS)
+RUNS = {f.name: f for f in ALL}
+PROOFS = {f"{f.form}: {f.name}": f for f in (*proofs.FAULTS, *handed.FAULTS)}
 
 KINDS = {
     "bit flipped in each kind of file": (
@@ -55,6 +56,7 @@ KINDS = {
     ),
     "wrong key": (
         *("signed by another key", "another key's name", "a waiver by another key", "a token of another key"),
+        *(f"consistency: {one} checkpoint by another key where one is demanded" for one in ("an old", "a new")),
         *(
             f"{form}: another key where one is demanded"
             for form in ("disclosure", "share", "spot-check", "consistency")
@@ -64,6 +66,14 @@ KINDS = {
     "re-signed after edit without consistency": (
         "signed anew after an edit, against a kept head",
         "signed anew after an edit, against a kept checkpoint",
+    ),
+    "parents changed": (
+        *(f"parents of a row of {name}: {how}" for name in ("leaves", "prompts") for how in parents.EDITS),
+        *(f"parents: {how}" for how in ("dropped", "swapped", "altered", "of another kind")),
+    ),
+    "version of leaves changed": (
+        *("leaves of an unknown version", "leaves said to be older", "older leaves after newer ones"),
+        *(f"{form}: leaves said to be older" for form in ("disclosure", "parents", "share", "spot-check")),
     ),
     "edited weights": ("weights replaced", "weights renamed", "a bit flipped in student/deep/weights.bin"),
     "edited recipe": ("a character changed in the recipe", "a number changed in the recipe"),
@@ -79,9 +89,9 @@ def test_a_kind_has_its_faults_and_the_second_verifier_sees_it_too(kind):
 
 
 def test_the_corpus_is_no_smaller_than_promised_and_each_fault_has_a_name_and_a_place():
-    names = [f.name for f in (*files.FAULTS, *rows.FAULTS, *entries.FAULTS, *signatures.FAULTS, *gate.FAULTS)]
+    names = [f.name for f in ALL]
     assert len(names) == len(RUNS)
-    assert len(proofs.FAULTS) == len(PROOFS)
+    assert len([*proofs.FAULTS, *handed.FAULTS]) == len(PROOFS)
     assert len(names) >= 60
     assert all((fault.first or fault.place) if fault.unseen else fault.place for fault in RUNS.values())
     assert all(fault.place for fault in PROOFS.values())

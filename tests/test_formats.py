@@ -32,7 +32,7 @@ from limbeck.tables import read_records, write_records
 DATA = ROOT / "tests" / "data"
 NAMES = sorted(path.name.removesuffix(".tar.xz") for path in DATA.glob("*.tar.xz"))
 RUNS = [name for name in NAMES if name.startswith(("ledger-", "waived-"))]
-NEWEST = "ledger-2-batches"
+NEWEST = "ledger-2-written"
 """The fixture that has every table, column and fact of a run of today."""
 ACCOUNT = "sha256:" + "a" * 64
 MARKED = re.compile(r"urn:x-limbeck:[a-z-]+:[0-9]+|limbeck-[a-z-]+/[0-9]+")
@@ -160,7 +160,7 @@ def test_both_refuse_each_run_with_one_bit_flipped(name, file, unpacked, tmp_pat
     assert code in (1, 2), said
 
 
-DOCUMENTED = [name for name in RUNS if name.startswith(("ledger-2-ungated", "ledger-2-gated", "ledger-2-batches"))]
+DOCUMENTED = [f"ledger-2-{name}" for name in ("ungated", "gated", "batches", "written")]
 
 
 @pytest.mark.parametrize("form", ["checkpoint", "disclose", "share", "spot-check", "consistency"])
@@ -229,6 +229,22 @@ def test_answers_of_endpoints_of_an_earlier_release_are_still_read(unpacked, tmp
     said = verify_both(run, capsys)[2]
     for row in range(len(rows)):
         assert f"completions.parquet: row {row}: prompt_tokens answered" in said
+
+
+def test_leaves_have_the_version_that_they_were_written_with(unpacked, capsys):
+    """And what those of version 2 say of parents, a stranger reads out of a disclosure."""
+    for name in RUNS:
+        facts = [json.loads(body)["facts"] for body in bodies(unpacked[name] / "run")]
+        versions = {fact["leaves"]["version"] for fact in facts if "leaves" in fact}
+        assert versions <= {2 if name == "ledger-2-written" else 1}, name
+    path = unpacked["ledger-2-written"] / "documents" / "parents"
+    told = json.loads(path.read_bytes())
+    assert [kind for kind, _ in told["value"]] == ["completion", "seed", "prompt"]
+    assert (
+        told["value"][2][1] in pq.read_table(unpacked["ledger-2-written"] / "run" / "prompts.parquet")["id"].to_pylist()
+    )
+    assert call("ledger", "check", path).exit_code == 0
+    assert second.main([str(path)]) == 0, capsys.readouterr()
 
 
 # ---------------------------------------------------------------- journals

@@ -15,6 +15,7 @@ import runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from limbeck.collect.endpoints.teacher import Endpoint
 from limbeck.errors import StaleError
 from limbeck.ledger import leaf_columns
 from limbeck.ledger.layout import TREE
@@ -22,6 +23,7 @@ from limbeck.ledger.merkle.fields import (
     FIELDS,
     Leaf,
     Share,
+    Version,
     commit,
     encode,
     field_digest,
@@ -32,8 +34,9 @@ from limbeck.ledger.merkle.hashing import EncodedColumns, commit_hashes
 from limbeck.ledger.merkle.salts import Salts, expand
 from limbeck.ledger.merkle.stored import StoredTree
 from limbeck.ledger.merkle.tree import consistent, leaf_hash, root, root_from_path
-from limbeck.ledger.sealing import leaves
-from limbeck.records import Prompt
+from limbeck.ledger.sealing import leaves, sampling_of
+from limbeck.recipe import EndpointTeacher, Recipe
+from limbeck.records import Parent, Prompt
 from limbeck.rundir import RunDir
 from limbeck.tables import read_records, write_records
 
@@ -78,7 +81,11 @@ def sha(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def by_the_page(leaf: Leaf, salts: list[bytes]) -> bytes:
+VERSIONS: dict[Version, bytes] = {1: b"\x01", 2: b"\x03"}
+"""What a leaf's data begins with, by the page."""
+
+
+def by_the_page(leaf: Leaf, salts: list[bytes], version: Version) -> bytes:
     """docs/ledger-format.md, word for word, with json for RFC 8785 (these values have one form in both)."""
 
     def digest(name: str, salt: bytes, value: object) -> bytes:
@@ -89,18 +96,20 @@ def by_the_page(leaf: Leaf, salts: list[bytes]) -> bytes:
     while len(level) > 1:
         level = [sha(b"\x03" + level[i] + level[i + 1]) for i in range(0, len(level), 2)]
     share = {"class": leaf.share.teacher, "split": leaf.share.split, "tokens": leaf.share.tokens}
-    return sha(b"\x00\x01" + level[0] + digest("share", salts[16], share))
+    return sha(b"\x00" + VERSIONS[version] + level[0] + digest("share", salts[16], share))
 
 
-def test_a_leaf_is_what_the_page_says():
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_leaf_is_what_the_page_says(version):
     salts = Salts.of(b"secret", b"nonce")
     okm, block = b"", b""
     for i in range(1, 10):  # HKDF-Expand by RFC 5869 section 2.3
         block = hmac.digest(salts.key, block + b"limbeck/salts/1" + (7).to_bytes(8, "big") + bytes([i]), "sha256")
         okm += block
-    due = by_the_page(LEAF, [okm[i : i + 16] for i in range(0, 272, 16)])
-    assert commit(salts, 7, encode(LEAF)).hash == due
-    assert commit(salts, 8, encode(LEAF)).hash != due
+    due = by_the_page(LEAF, [okm[i : i + 16] for i in range(0, 272, 16)], version)
+    assert commit(salts, 7, encode(LEAF), version).hash == due
+    assert commit(salts, 8, encode(LEAF), version).hash != due
+    assert {commit(salts, 7, encode(LEAF), other).hash == due for other in VERSIONS if other != version} == {False}
 
 
 def test_every_field_and_the_share_change_the_leaf():
@@ -109,11 +118,11 @@ def test_every_field_and_the_share_change_the_leaf():
     leaves += [LEAF._replace(share=Share(teacher="x", split="held_out", tokens=5))]
     leaves += [LEAF._replace(share=Share(teacher="y", split="train", tokens=5))]
     leaves += [LEAF._replace(fields=(*LEAF.fields[:i], None, *LEAF.fields[i + 1 :])) for i in range(len(FIELDS))]
-    assert len({commit(salts, 0, encode(leaf)).hash for leaf in leaves}) == len(leaves)
+    assert len({commit(salts, 0, encode(leaf), 2).hash for leaf in leaves}) == len(leaves)
 
 
 def test_a_field_leads_to_the_root_of_its_fields_and_no_other_does():
-    made = commit(Salts.of(b"secret", b"nonce"), 0, encode(LEAF))
+    made = commit(Salts.of(b"secret", b"nonce"), 0, encode(LEAF), 2)
     for place, digest in enumerate(made.digests):
         path = fields_path(made.digests, place)
         assert len(path) == 4
@@ -212,8 +221,12 @@ VALUES = st.one_of(st.text(st.characters(exclude_categories=("Cs",))), st.none()
 
 
 @settings(max_examples=40)
-@given(rows=st.lists(st.tuples(*[VALUES] * 16, st.integers(0, 99)), max_size=9), first=st.integers(0, 2**40))
-def test_hashes_of_many_rows_are_those_of_each(rows, first):
+@given(
+    rows=st.lists(st.tuples(*[VALUES] * 16, st.integers(0, 99)), max_size=9),
+    first=st.integers(0, 2**40),
+    version=st.sampled_from(sorted(VERSIONS)),
+)
+def test_hashes_of_many_rows_are_those_of_each(rows, first, version):
     leaves = [
         Leaf(tuple(values), Share.model_validate({"class": "t", "split": "train", "tokens": tokens}))
         for *values, tokens in rows
@@ -222,23 +235,47 @@ def test_hashes_of_many_rows_are_those_of_each(rows, first):
     columns = tuple([one.fields[place] for one in told] for place in range(16))
     together = EncodedColumns(columns, [one.share for one in told])
     assert [text.decode() for text in together.texts()] == [one.text() for one in told]
-    due = [commit(SALTS, first + row, one).hash for row, one in enumerate(told)]
-    assert commit_hashes(SALTS, first, together) == due
+    due = [commit(SALTS, first + row, one, version).hash for row, one in enumerate(told)]
+    assert commit_hashes(SALTS, first, together, version) == due
 
 
-def test_values_by_column_are_those_of_each_row(tmp_path):
+SEED = "sha256:" + "5" * 64
+PARENTS = (
+    None,
+    (Parent(id=SEED, source="seeds.jsonl", licence="MIT", kind="seed"),),
+    (
+        Parent(id=SEED, source="an earlier version's", licence="MIT"),
+        Parent(id=SEED, source="x", licence="MIT", kind="prompt"),
+    ),
+)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4, 5), (3, 0, 5, 1, 2, 4)], ids=["in order", "in another order"])
+def test_values_by_column_are_those_of_each_row(version, order, tmp_path):
     """Of a run whose prompts a model wrote too, with several answers each, and one without an example."""
     run = runs.make_run(tmp_path / "run")
     recipe = RunDir(run).recipe()
     prompts = list(read_records(run / "prompts.parquet", Prompt))
-    prompts = [prompt.model_copy(update={"writer": "w" * (n % 2) or None}) for n, prompt in enumerate(prompts)]
-    write_records(run / "prompts.parquet", prompts, Prompt)
-    each = [encode(leaf) for leaf in leaves(recipe, run)]
+    prompts = [
+        prompt.model_copy(update={"writer": "w" * (n % 2) or None, "parents": PARENTS[n % 3]})
+        for n, prompt in enumerate(prompts)
+    ]
+    write_records(run / "prompts.parquet", [prompts[n] for n in order], Prompt)
+    made = list(leaves(recipe, run, version))
+    for leaf, prompt in zip(made, (prompts[n] for n in (0, 2, 3, 4, 5)), strict=True):  # the second is dropped
+        found = leaf.values["parents"]
+        rows = [[parent.kind or "row", parent.id] for parent in prompt.parents or ()]
+        assert found[:1] == ([["completion", found[0][1]]] if version == 2 else [found[0]])
+        assert found[1:] == (rows if version == 2 else [])
+        assert leaf.values["prompt"] == prompt.id
+        assert leaf.values["writers"][1:] == ([["prompt", prompt.writer]] if prompt.writer else [])
+    each = [encode(leaf) for leaf in made]
     assert len(each) > 2
     for rows in (2, 4096):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(leaf_columns, "ROWS", rows)
-            groups = list(leaf_columns.leaf_columns(recipe, run))
+            groups = list(leaf_columns.leaf_columns(recipe, run, version))
         assert [group.shares for group in groups] == [
             [one.share for one in each[i : i + rows]] for i in range(0, len(each), rows)
         ]
@@ -247,8 +284,44 @@ def test_values_by_column_are_those_of_each_row(tmp_path):
     table = pq.read_table(path)
     pq.write_table(table.take([1, 0, *range(2, len(table))]), path)
     said = []
-    for made in (leaves, leaf_columns.leaf_columns):
+    for ways in (leaves, leaf_columns.leaf_columns):
         with pytest.raises(StaleError) as error:
-            list(made(recipe, run))
+            list(ways(recipe, run, version))
         said.append(error.value.problems)
     assert said[0] == said[1]
+
+
+ASKED = [
+    {"kind": "openai", "model": "a", "extra": {"reasoning_effort": "low"}},
+    {"kind": "openai", "model": "b", "omit": ["temperature", "seed"]},
+    {"kind": "openai", "api": "responses", "model": "c"},
+    {"kind": "anthropic", "model": "d", "omit": ["top_p"]},
+]
+
+
+@pytest.mark.parametrize("teacher", ASKED, ids=lambda one: one["model"])
+def test_a_leaf_says_of_the_sampling_what_the_request_says(teacher):
+    told = runs.RECIPE.model_dump(mode="json") | {
+        "teacher": teacher | {"terms": "own-model"},
+        "prompts": [{"kind": "file", "path": "eggs.jsonl"}],
+        "collect": {"max_tokens": 77, "temperature": 0.4, "top_p": 0.9},
+        "student": {"kind": "pretrained", "model": "nowhere"},
+        "signal": {"kind": "text"},
+        "train": {"loss": "cross_entropy"},
+    }
+    recipe = Recipe.model_validate(told)
+    (settings,) = recipe.teachers
+    assert isinstance(settings, EndpointTeacher)
+    body = json.loads(Endpoint(settings, recipe.collect, recipe.seed).request(runs._prompt(0), 0).body)["body"]
+    said = sampling_of(recipe, settings.name, 0, 2)
+    assert isinstance(said, dict)
+    assert {key for key in ("seed", "temperature", "top_p") if said[key] is not None} == {
+        key for key in ("seed", "temperature", "top_p") if key in body
+    }
+    assert said["max_tokens"] == 77
+    assert 77 in body.values()
+    assert said["extra"] == {key: body[key] for key in teacher.get("extra", {})}
+    assert sampling_of(recipe, "somebody else, or a file", 3, 2) == {
+        **dict.fromkeys(("max_tokens", "seed", "temperature", "top_p")),
+        **{"extra": {}, "sample": 3},
+    }

@@ -63,7 +63,7 @@ def holds(proof: Disclosure) -> bool:
 
 @pytest.mark.parametrize("field", NAMES)
 def test_every_field_of_every_row_can_be_shown_to_a_stranger(whole, field):
-    records = list(leaves(runs.RECIPE, whole))
+    records = list(leaves(runs.RECIPE, whole, 2))
     assert len(records) == ROWS
     for row, leaf in enumerate(records):
         proof = disclose(whole, row, field)
@@ -74,7 +74,7 @@ def test_every_field_of_every_row_can_be_shown_to_a_stranger(whole, field):
 def test_a_disclosure_shows_nothing_else(whole):
     """Two rows that differ in all fields but one give proofs with nothing of the others in them."""
     text = document_bytes(disclose(whole, 1, "terms")).decode()
-    other = list(leaves(runs.RECIPE, whole))[1]
+    other = list(leaves(runs.RECIPE, whole, 2))[1]
     for name, value in other.values.items():
         if name not in ("terms", "gate", "provider", "route", "weights"):
             assert canonical(value).decode() not in text, name
@@ -103,6 +103,7 @@ def test_no_changed_disclosure_holds(whole, data):
         {"row": row + ROWS},
         {"field": data.draw(st.sampled_from(others))},
         {"field": "entry"},
+        {"form": "limbeck-disclosure/1"},
     ]
     for change in changed:
         assert not holds(proof.model_copy(update=change)), change
@@ -172,7 +173,7 @@ def test_shares_are_those_of_the_examples_and_anybody_can_add_them_up(whole, man
 
 def test_a_manifest_shows_only_class_split_and_tokens(whole, manifest):
     text = document_bytes(manifest).decode()
-    for leaf in leaves(runs.RECIPE, whole):
+    for leaf in leaves(runs.RECIPE, whole, 2):
         for name in ("completion", "prompt", "request", "response", "created", "example", "terms"):
             assert canonical(leaf.values[name]).decode() not in text, name
 
@@ -222,7 +223,7 @@ def spot_holds(document: SpotCheckDocument, manifest: ShareDocument) -> bool:
 
 def test_the_picked_rows_are_opened_and_hold(whole, manifest, checked):
     assert spot_holds(checked, manifest)
-    records = list(leaves(runs.RECIPE, whole))
+    records = list(leaves(runs.RECIPE, whole, 2))
     assert checked.rows
     for opened in checked.rows:
         assert opened.fields == records[opened.row].values
@@ -266,7 +267,7 @@ def test_files_are_read_strictly(whole, tmp_path, manifest, checked):
             json.dumps(value).encode(),
             canonical(value | {"more": 1}),
             canonical({k: v for k, v in value.items() if k != "checkpoint"}),
-            canonical(value | {"form": "limbeck-disclosure/2"}),
+            canonical(value | {"form": "limbeck-disclosure/3"}),
             canonical(value | {"form": []}),
             data[:-1] + b',"form":"x"}',
             data[:-5],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import talker
 import yaml
 from conftest import prompt_file
 from typer.testing import CliRunner
+from verifier import second
 
 import limbeck
 from limbeck.cli import app
@@ -74,8 +76,9 @@ def test_a_recipe_that_has_its_prompts_written_runs(teacher_dir: Path, tmp_path:
     assert {(row.writer, row.source) for row in rows} == {
         (recipe.teachers[0].name, f"{path.stem}:{recipe.teachers[0].name}")
     }
-    assert all({parent.source for parent in row.parents or ()} == {str(RECIPES / "data" / name)} for row in rows
-               for name in ["documents.jsonl" if path.stem == "documents" else "seeds.jsonl"])  # fmt: skip
+    name = "documents.jsonl" if path.stem == "documents" else "seeds.jsonl"
+    made_from = [{p.source for p in row.parents or () if p.kind != "prompt"} for row in rows]
+    assert made_from == [{str(RECIPES / "data" / name)}] * len(rows)
     scored = "perplexity_on_teacher" if isinstance(recipe.teachers[0], EndpointTeacher) else "kl_forward"
     scores = {(score.name, score.subject): score for score in done.scores}
     assert scores[scored, "student"].value is not None
@@ -88,3 +91,24 @@ def test_a_recipe_that_has_its_prompts_written_runs(teacher_dir: Path, tmp_path:
     assert int(told[2]) == 12 + dropped
     with Journal(tmp_path / "run" / "journal.db") as journal:
         assert len(journal) == int(told[1]) + 12  # each prompt has one answer
+    _a_stranger_sees_parents(tmp_path, rows)
+
+
+def _a_stranger_sees_parents(folder: Path, prompts: list[Prompt]) -> None:
+    """Of an example: its prompt, what a model wrote that from, and who wrote. Both verifiers accept run and proofs."""
+    run, known = folder / "run", {prompt.id: prompt for prompt in prompts}
+    assert CliRunner().invoke(app, ["ledger", "verify", str(run)]).exit_code == 0
+    assert second.main([str(run)]) == 0
+    for row in range(3):
+        said = {}
+        for field in ("prompt", "parents", "writers"):
+            proof = folder / f"{row}-{field}.json"
+            words = ["ledger", "disclose", str(run), "--row", str(row), "--field", field, "--out", str(proof)]
+            assert CliRunner().invoke(app, words).exit_code == 0
+            assert CliRunner().invoke(app, ["ledger", "check", str(proof)]).exit_code == 0
+            assert second.main([str(proof)]) == 0
+            said[field] = json.loads(proof.read_bytes())["value"]
+        prompt = known[said["prompt"]]
+        assert said["parents"][0][0] == "completion"
+        assert said["parents"][1:] == [[parent.kind, parent.id] for parent in prompt.parents or ()] != []
+        assert ["prompt", prompt.writer] in said["writers"]

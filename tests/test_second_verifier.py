@@ -19,7 +19,7 @@ import runs
 import stamping
 from command import call
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from faults import entries, files, forger, gate, proofs, rows, signatures
+from faults import entries, files, forger, gate, handed, parents, proofs, rows, signatures
 from faults.kit import Case, Fault, formed
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -30,7 +30,7 @@ from limbeck.run import STAGES
 from limbeck.terms.waivers import make_waiver
 
 FORBIDDEN = "meta/llama-3/2024-04-18"
-FAULTS = [*files.FAULTS, *rows.FAULTS, *entries.FAULTS, *signatures.FAULTS]
+FAULTS = [*files.FAULTS, *rows.FAULTS, *entries.FAULTS, *signatures.FAULTS, *parents.FAULTS]
 
 
 def signing_key():
@@ -41,7 +41,7 @@ def signing_key():
 def good(tmp_path_factory) -> tuple[Path, Path, Path]:
     """A run, another of the same recipe, and a checkpoint of the first that was kept."""
     base = tmp_path_factory.mktemp("good")
-    run, other = runs.make_run(base / "run", gated=False), runs.make_run(base / "other", gated=False)
+    run, other = (runs.make_run(base / name, change=runs.from_seeds) for name in ("run", "other"))
     kept = runs.signed(run)[-1].envelope
     (base / "kept").write_bytes(kept.data)
     return run, other, base / "kept"
@@ -104,7 +104,8 @@ def test_both_refuse_a_gate(fault: Fault, waived, tmp_path, capsys):
 
 
 def two_teachers(records: runs.Records) -> runs.Records:
-    """Every other answer is another teacher's, so that a share has two classes."""
+    """Every other answer is another teacher's, so that a share has two classes; some prompts have parents."""
+    records = runs.from_seeds(records)
     names = [runs.TEACHER if at % 2 else "other" for at in range(runs.PROMPTS)]
     completions = [c.model_copy(update={"teacher": n}) for c, n in zip(records.completions, names, strict=True)]
     verdicts = [
@@ -120,11 +121,12 @@ def hand_over(run: Path, folder: Path) -> dict[str, dict]:
     (folder / "kept").write_bytes(rfc8785.dumps(old))
     for words in (
         ("disclose", "--row", 1, "--field", "terms"),
+        ("disclose", "--row", 3, "--field", "parents"),
         ("share",),
         ("spot-check", "--seed", "a beacon", "--draws", 20, "--raw"),
         ("consistency", "--checkpoint", folder / "kept"),
     ):
-        out = folder / {"disclose": "disclosure"}.get(words[0], words[0])
+        out = folder / {"terms": "disclosure"}.get(str(words[-1]), "parents" if "parents" in words else words[0])
         result = call("ledger", words[0], run, *words[1:], "--out", out)
         assert result.exit_code == 0, result.output
         documents[out.name] = json.loads(out.read_bytes())
@@ -132,16 +134,19 @@ def hand_over(run: Path, folder: Path) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def handed(tmp_path_factory) -> tuple[Path, proofs.Proofs]:
+def documents(tmp_path_factory) -> tuple[Path, proofs.Proofs]:
     base = tmp_path_factory.mktemp("handed")
     run, other = runs.make_run(base / "run", change=two_teachers), runs.make_run(base / "other", change=two_teachers)
-    documents, others = hand_over(run, base / "documents"), hand_over(other, base / "others")
-    return base / "documents", proofs.Proofs(documents, others, signing_key())
+    own, others = hand_over(run, base / "documents"), hand_over(other, base / "others")
+    return base / "documents", proofs.Proofs(own, others, signing_key())
 
 
-@pytest.mark.parametrize("fault", proofs.FAULTS, ids=[f"{fault.form}: {fault.name}" for fault in proofs.FAULTS])
-def test_both_refuse_a_document(fault: proofs.Fault, handed, tmp_path, capsys):
-    folder, given = handed
+PROOFS = [*proofs.FAULTS, *handed.FAULTS]
+
+
+@pytest.mark.parametrize("fault", PROOFS, ids=[f"{fault.form}: {fault.name}" for fault in PROOFS])
+def test_both_refuse_a_document(fault: proofs.Fault, documents, tmp_path, capsys):
+    folder, given = documents
     path, share = tmp_path / "proof", [folder / "share"] if fault.form == "spot-check" else []
     proofs.write(path, fault.make(given))
     options = [forger.keyid(given.key) if word == "KEY" else word for word in fault.options]
@@ -156,20 +161,20 @@ def test_both_refuse_a_document(fault: proofs.Fault, handed, tmp_path, capsys):
     assert fault.place in printed, told
 
 
-@pytest.mark.parametrize("name", ["disclosure", "share", "consistency", "kept"])
-def test_a_good_document_holds(name, handed, capsys):
-    assert second.main([str(handed[0] / name)]) == 0, "".join(capsys.readouterr())
+@pytest.mark.parametrize("name", ["disclosure", "parents", "share", "consistency", "kept"])
+def test_a_good_document_holds(name, documents, capsys):
+    assert second.main([str(documents[0] / name)]) == 0, "".join(capsys.readouterr())
 
 
-def test_a_good_spot_check_holds_with_its_share_and_not_without(handed, capsys):
-    folder, _ = handed
+def test_a_good_spot_check_holds_with_its_share_and_not_without(documents, capsys):
+    folder, _ = documents
     assert second.main([str(folder / "spot-check"), str(folder / "share")]) == 0, "".join(capsys.readouterr())
     assert second.main([str(folder / "spot-check")]) == 2
     assert "give that file too" in capsys.readouterr().err
 
 
-def test_every_field_of_every_row_can_be_shown(handed, tmp_path, capsys):
-    run, out = handed[0].parent / "run", tmp_path / "proof"
+def test_every_field_of_every_row_can_be_shown(documents, tmp_path, capsys):
+    run, out = documents[0].parent / "run", tmp_path / "proof"
     for row in range(runs.PROMPTS - 1):
         for field in (*second.FIELDS, "share"):
             assert call("ledger", "disclose", run, "--row", row, "--field", field, "--out", out).exit_code == 0
@@ -244,7 +249,7 @@ def test_a_tree_of_two_levels(good, tmp_path, capsys):
     run = shutil.copytree(good[0], tmp_path / "run")
     leaves = [forger.sha(at.to_bytes(4, "big")) for at in range(66_000)]
     with Ledger(run / "ledger.db") as ledger:
-        fact = {"version": 1, "count": len(leaves), "nonce": "00" * 32, "salts": runs.OUTSIDE}
+        fact = {"version": 2, "count": len(leaves), "nonce": "00" * 32, "salts": runs.OUTSIDE}
         inputs = {name: digest for name, digest in ledger.entries()[5].inputs.items()}
         ledger.append(
             stage="seal",
@@ -289,13 +294,13 @@ def alone(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_it_runs_with_the_standard_library_alone(good, handed, tmp_path):
+def test_it_runs_with_the_standard_library_alone(good, documents, tmp_path):
     script = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_path({str(SCRIPT)!r}, run_name='there'); " + (
         "print([m for m in sys.modules if m.split('.')[0] not in sys.stdlib_module_names and m != '__main__'])"
     )
     bare = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, check=True)
     assert bare.stdout.strip() == "[]"
-    run, folder = alone(good[0]), handed[0]
+    run, folder = alone(good[0]), documents[0]
     assert run.returncode == 0, run.stderr
     assert "signatures are NOT checked" in run.stdout
     assert alone(folder / "spot-check", folder / "share").returncode == 0
@@ -365,9 +370,9 @@ def test_memory_is_bounded(name, tmp_path):
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_bytes_in_a_document_are_refused_and_never_crash(handed, data, tmp_path_factory):
+def test_any_bytes_in_a_document_are_refused_and_never_crash(documents, data, tmp_path_factory):
     name = data.draw(st.sampled_from(["disclosure", "share", "spot-check", "consistency"]))
-    good = (handed[0] / name).read_bytes()
+    good = (documents[0] / name).read_bytes()
     at = data.draw(st.integers(0, len(good) - 1))
     length = data.draw(st.integers(0, 20))
     new = data.draw(st.one_of(st.binary(max_size=20), st.sampled_from([b"1e9", b"[]", b"{}", b"null", b"true", b'""'])))
@@ -375,7 +380,7 @@ def test_any_bytes_in_a_document_are_refused_and_never_crash(handed, data, tmp_p
     assume(changed.removesuffix(b"\n") != good)
     path = tmp_path_factory.getbasetemp() / "fuzzed"
     path.write_bytes(changed)
-    assert second.main([str(path), str(handed[0] / "share")]) in (1, 2)
+    assert second.main([str(path), str(documents[0] / "share")]) in (1, 2)
 
 
 @settings(max_examples=150, deadline=None)

@@ -65,6 +65,12 @@ def gathered(recipe, root: Path) -> tuple[list[Prompt], dict[str, Any]]:
     return list(read_records(root / "prompts.parquet", Prompt)), facts["sources"][0]
 
 
+KINDS_OF_ROWS = {
+    **{"evolve": {"seed"}, "self-instruct": {"seed"}, "multi-turn": {"seed"}, "documents": {"document"}},
+    "personas": {"persona", "task"},
+}
+
+
 @pytest.mark.parametrize("kind", ["evolve", "personas", "documents", "self-instruct", "multi-turn"])
 def test_a_teacher_writes_prompts_once_and_is_recorded_with_what_they_came_from(tmp_path: Path, kind: str):
     with Server(LISTS if kind == "self-instruct" else SETTINGS) as server:
@@ -88,8 +94,19 @@ def test_a_teacher_writes_prompts_once_and_is_recorded_with_what_they_came_from(
         assert prompt.writer == "toy"
         assert prompt.source == f"{kind}:toy"
         assert prompt.parents is not None
-        assert {parent.source: parent.licence for parent in prompt.parents} == files
-        assert {parent.id for parent in prompt.parents} <= known
+        rows = [parent for parent in prompt.parents if parent.kind != "prompt"]
+        assert {parent.source: parent.licence for parent in rows} == files
+        assert {parent.id for parent in rows} <= known
+        assert {str(parent.kind) for parent in rows} == KINDS_OF_ROWS[kind]
+    earlier = [
+        (at, parent) for at, prompt in enumerate(prompts) for parent in prompt.parents or () if parent.kind == "prompt"
+    ]
+    assert bool(earlier) == (kind in ("evolve", "self-instruct"))
+    ids = [prompt.id for prompt in prompts]
+    for at, parent in earlier:
+        assert parent.id in ids[:at]
+        assert (parent.source, parent.licence) == (prompts[at].source, prompts[at].licence)
+    for prompt in prompts:
         assert set(prompt.licence.split(" AND ")) == set(files.values())
     assert facts["candidates"] == 12 + sum(facts["dropped"].values())
     wording = Path(__file__).parents[1] / "limbeck" / "collect" / "written" / "wording"
@@ -232,8 +249,12 @@ def test_lists_are_made_of_seeds_and_of_what_earlier_rounds_kept(tmp_path: Path)
     assert {len(examples & seeds) for examples in shown} == {3, 4}
     assert all(len(examples & set(texts[:8])) == 1 for examples in shown if len(examples & seeds) == 3)
     assert not any(text in examples for text in texts[8:] for examples in shown)
-    parents = {Prompt.id_of((Message(role="user", content=text),)): text for text in seeds}
-    assert all({parents[parent.id] for parent in p.parents or ()} in [e & seeds for e in shown] for p in prompts)
+    said = {Prompt.id_of((Message(role="user", content=text),)): text for text in (*seeds, *texts)}
+    for prompt in prompts:
+        parents = {said[parent.id]: parent.kind for parent in prompt.parents or ()}
+        assert {*parents} in shown  # all that it was shown, and nothing else
+        assert {text for text, kind in parents.items() if kind == "seed"} == {*parents} & seeds
+        assert {text for text, kind in parents.items() if kind == "prompt"} == {*parents} - seeds
 
 
 ITEM = st.text("abc .\"'*", min_size=1, max_size=12).map(lambda text: f"a{text}a")

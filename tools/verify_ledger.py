@@ -80,6 +80,8 @@ FIELDS = (
     "weights",
     "writers",
 )
+EXAMPLE = {1: b"\x01", 2: b"\x03"}
+"""What the data of an example's leaf begins with, by the version of the leaf."""
 ENTRY_KEYS = {
     *("version", "index", "stage", "started", "finished", "inputs", "outputs", "recipe", "facts"),
     *("limbeck", "commit", "dirty", "previous"),
@@ -380,6 +382,11 @@ def node_hash(left: bytes, right: bytes) -> bytes:
 def field_node(left: bytes, right: bytes) -> bytes:
     """A node over the fields of an example."""
     return sha256(b"\x03", left, right)
+
+
+def example_leaf(private: bytes, share: bytes, version: int) -> bytes:
+    """The leaf of an example, from P and S."""
+    return leaf_hash(EXAMPLE[version] + private + share)
 
 
 def field_digest(name: str, salt: bytes, value: Json) -> bytes:
@@ -1151,7 +1158,7 @@ class Replay:
         self.examples: Object | None = None
         self.set = Tree()
         self.waivers: list[tuple[str, Object]] = []
-        self.sealed = 0
+        self.sealed = self.version = 0
         self.written: dict[str, Written] = {}
         self.stages: dict[str, tuple[int, Object, Object]] = {}
         self.recipes: dict[str, tuple[int, int]] = {}
@@ -1268,8 +1275,13 @@ class Replay:
                 "facts: leaves", f"stage {stage}", "the fact in entries of the stage seal, and in no other"
             )
         leaves = an_object(facts["leaves"], {"count", "nonce", "salts", "version"}, "facts: leaves")
-        if type(leaves["version"]) is not int or leaves["version"] != 1:
-            raise WrongError("facts: leaves: version", leaves["version"], 1)
+        version = leaves["version"]
+        if type(version) is not int or version not in EXAMPLE:
+            raise WrongError("facts: leaves: version", version, " or ".join(map(str, EXAMPLE)))
+        if version < self.version:
+            expected = f"{self.version} or later: no release writes older leaves after newer ones"
+            self.findings.add(f"entry {self.count}: facts: leaves: version", version, expected)
+        self.version = max(version, self.version)
         text(leaves["nonce"], "facts: leaves: nonce", HEX_32)
         text(leaves["salts"], "facts: leaves: salts", TAGGED)
         count = whole(leaves["count"], "facts: leaves: count")
@@ -1569,6 +1581,11 @@ def a_path(value: Json, place: str) -> list[bytes]:
     return cut(data, 32)
 
 
+def version_of(document: Object) -> int:
+    """The version of the leaves that a document is about: the number of its form, which was looked up before."""
+    return int(str(document["form"]).rpartition("/")[2])
+
+
 def check_disclosure(value: Object, key: str | None, findings: Findings, _: Shares) -> None:
     """One field of one row."""
     parts = an_object(value, {"form", "checkpoint", "row", "field", "value", "salt", "path"}, "disclosure")
@@ -1590,7 +1607,7 @@ def check_disclosure(value: Object, key: str | None, findings: Findings, _: Shar
     else:
         private = root_of_path(opened, FIELDS.index(field), 16, path[:4], "path", field_node)
         share, above = path[4], path[5:]
-    leaf = leaf_hash(b"\x01" + private + share)
+    leaf = example_leaf(private, share, version_of(parts))
     root = root_of_path(leaf, first + row, statement.size, above, "path")
     findings.compare("path: root", root.hex(), statement.root.hex())
     findings.note(f"row {row}, {field}: {told(parts['value'])}")
@@ -1662,13 +1679,13 @@ def check_share(value: Object, key: str | None, findings: Findings, _: Shares) -
     for at, (place, held_out) in enumerate(zip(rows.places, rows.held_out, strict=True)):
         if place >= len(rows.classes) or held_out > 1:
             raise WrongError(f"rows: row {at}", f"class {place}, split {held_out}", "a place in `classes`, and 0 or 1")
-    tree, sums = Tree(), [[0, 0] for _ in rows.classes]
+    tree, version, sums = Tree(), version_of(parts), [[0, 0] for _ in rows.classes]
     for leaf in before:
         tree.push(leaf)
     for at, (private, salt) in enumerate(zip(rows.private, rows.salts, strict=True)):
         place, split, tokens = rows.places[at], ("train", "held_out")[rows.held_out[at]], rows.tokens[at]
         share: Object = {"class": rows.classes[place], "split": split, "tokens": tokens}
-        tree.push(leaf_hash(b"\x01" + private + field_digest("share", salt, share)))
+        tree.push(example_leaf(private, field_digest("share", salt, share), version))
         if split == "train":
             sums[place] = [sums[place][0] + 1, sums[place][1] + tokens]
     for leaf in after:
@@ -1705,6 +1722,8 @@ def check_spot_check(value: Object, key: str | None, findings: Findings, shares:
     share = shares[named]
     if share is None:
         raise WrongError("share", f"{named}, which does not hold", "a share that holds")
+    if version_of(share) != version_of(parts):
+        raise WrongError("form", parts["form"], f"the version of the share, {share['form']}")
     if share["checkpoint"] != parts["checkpoint"]:
         raise WrongError("checkpoint", told(parts["checkpoint"]), "the checkpoint of the share")
     rows = read_rows(share)
@@ -1743,10 +1762,10 @@ def check_opened(row: int, value: Json, rows: Rows, findings: Findings) -> None:
 
 
 FORMS: dict[str, Callable[[Object, str | None, Findings, Shares], None]] = {
-    "limbeck-share/1": check_share,
-    "limbeck-disclosure/1": check_disclosure,
+    **{f"limbeck-share/{version}": check_share for version in EXAMPLE},
+    **{f"limbeck-disclosure/{version}": check_disclosure for version in EXAMPLE},
+    **{f"limbeck-spot-check/{version}": check_spot_check for version in EXAMPLE},
     "limbeck-consistency/1": check_consistency,
-    "limbeck-spot-check/1": check_spot_check,
 }
 
 

@@ -169,7 +169,8 @@ def check(
     ],
     share_file: _Share = None,
     key: Annotated[
-        str | None, typer.Option("--key", metavar="KEY", help="The public key that has to have signed.")
+        str | None,
+        typer.Option("--key", metavar="KEY", help="The public key that has to have signed, both of two checkpoints."),
     ] = None,
     wrong: Annotated[
         int, typer.Option("--wrong", metavar="K", help="Draws of a spot-check that turned out wrong.", min=0)
@@ -189,8 +190,9 @@ def check(
     manifest = (_manifest(share_file), read_document(share_file).digest) if share_file else None
     try:
         values = _checked(document, manifest, wrong) | {"digest": digest}
-        if key is not None and values["key"] != key:
-            raise ValueError(f"signed by {values['key']}, not by {key}")
+        for name, whose in (("key", "signed by"), (_OLDER, "the older checkpoint is signed by")):
+            if key is not None and values.get(name, key) != key:
+                raise ValueError(f"{whose} {values[name]}, not by {key}")
     except InputError:  # is a ValueError too
         raise
     except ValueError as error:
@@ -198,6 +200,10 @@ def check(
         typer.echo(as_json_text(told) if as_json else printable(f"does NOT hold: {error}"))
         raise typer.Exit(1) from None
     typer.echo(as_json_text({"ok": True} | values) if as_json else _holds_text(document, values))
+
+
+_OLDER = "key of the older one"
+"""Who signed the older checkpoint of a consistency proof."""
 
 
 def _holds_text(document: Document | Envelope, values: dict[str, object]) -> str:
@@ -239,7 +245,7 @@ def _checked(
     if isinstance(document, ConsistencyDocument):
         old, new = check_consistency(document)
         values: dict[str, object] = {"old": old.predicate.size, "new": new.predicate.size}
-        return values | {"root": new.root.hex(), "key": document.new.keyid, "key of the older one": document.old.keyid}
+        return values | {"root": new.root.hex(), "key": document.new.keyid, _OLDER: document.old.keyid}
     if manifest is None:
         problem = Problem("--share", "nothing", "the manifest that the rows were picked from", "give its file")
         raise InputError("a spot-check needs its share", [problem])

@@ -16,6 +16,7 @@ from limbeck.collect.digests import DigestSet
 from limbeck.collect.files import FileRow, iter_file_prompts
 from limbeck.collect.journal import Journal, held, journal_path
 from limbeck.collect.split import hold_out
+from limbeck.collect.written.tally import Piece
 from limbeck.errors import Problem, PromptError
 from limbeck.recipe import DatasetPrompts, FilePrompts, Recipe, SelfPrompt
 from limbeck.recipe.prompts import PromptSource, WrittenPrompts, rows_of
@@ -34,7 +35,7 @@ class _Gathered:
     name: str
     licence: str
     writer: str | None = None
-    written: Sequence[tuple[tuple[Message, ...], tuple[Parent, ...]]] = ()
+    written: Sequence[Piece] = ()
     """The prompts of a source that is no file."""
     rows: int = 0
     kept: int = 0
@@ -45,8 +46,9 @@ class _Gathered:
         if isinstance(self.source, FilePrompts | DatasetPrompts):
             yield from ((row.id, row.messages, row.wanted, None) for row in iter_file_prompts(self.source))
         else:
-            for messages, parents in self.written:
-                yield Prompt.id_of(messages), messages, Wanted(), parents or None
+            for messages, rows, before in self.written:
+                earlier = (Parent(id=one, source=self.name, licence=self.licence, kind="prompt") for one in before)
+                yield Prompt.id_of(messages), messages, Wanted(), (*rows, *earlier) or None
 
     def take(self, known: MutableSet[Digest]) -> None:
         """Add the ids that are not known yet."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from pydantic import JsonValue
 
 from limbeck.export.data_card import licence_of_data
+from limbeck.export.evidence import PromptSource
 from limbeck.export.facts import Facts, FileSeen, TeacherTold
 from limbeck.export.licences import address, spdx_id
 from limbeck.export.properties import ledger_properties, teacher_properties, use_properties
@@ -141,9 +142,7 @@ def croissant(facts: Facts) -> str:
         "recordSet": [_record_set(name) for name in _RECORDS],
         **_rai(facts),
         "prov:wasGeneratedBy": [_collecting(t) for t in facts.teachers],
-        "prov:wasDerivedFrom": [
-            {"@type": "prov:Entity", "prov:label": source_name(s.source)} for s in facts.evidence.sources
-        ],
+        "prov:wasDerivedFrom": [_source(s) for s in facts.evidence.sources],
         "prov:wasAttributedTo": [_agent(t) for t in facts.teachers],
         **_usage(facts),
         **_told([*ledger_properties(facts), *use_properties(facts)]),
@@ -229,6 +228,24 @@ def _how(facts: Facts) -> str:
     """By which way each teacher's answers came."""
     ways = "; ".join(f"{t.seen.name}: {reached(t.seen)}, written {written(t.first, t.last)}" for t in facts.teachers)
     return f"Language models answered prompts ({ways}). Every answer was journaled before it was parsed."
+
+
+def _source(source: PromptSource) -> Object:
+    """Where prompts came from; of those that a model wrote, who wrote them, and from what."""
+    told: Object = {"@type": "prov:Entity", "prov:label": source_name(source.source)}
+    if source.writer:
+        told["prov:wasAttributedTo"] = {"@type": "prov:SoftwareAgent", "prov:label": source.writer}
+    if source.made_from:
+        told["prov:wasDerivedFrom"] = [
+            {
+                "@type": "prov:Entity",
+                "prov:label": source_name(one.source),
+                "limbeck:parent-kind": one.kind,
+                "limbeck:licence": one.licence,
+            }
+            for one in source.made_from
+        ]
+    return told
 
 
 def _collecting(teacher: TeacherTold) -> Object:

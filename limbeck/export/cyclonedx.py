@@ -13,6 +13,7 @@ from pydantic import JsonValue
 from limbeck import __version__
 from limbeck.errors import ModelError
 from limbeck.export.card import settings_of
+from limbeck.export.evidence import MadeFrom
 from limbeck.export.facts import Facts, FileSeen, TeacherTold
 from limbeck.export.licences import address, spdx_id
 from limbeck.export.properties import PREFIX, ledger_properties, teacher_properties, use_properties
@@ -182,7 +183,9 @@ def _prompts(facts: Facts, place: int) -> Object:
     file = next(file for file in facts.tables if file.name == "prompts.parquet")
     by = f", written by {source.writer}" if source.writer else ""
     told = f"{source.train} prompts to train on and {source.held_out} held out{by}"
+    lineage: Object = {"pedigree": {"ancestors": [*map(_made_from, source.made_from)]}} if source.made_from else {}
     return {
+        **lineage,
         "bom-ref": f"prompts:{place}",
         "type": "data",
         "name": f"prompts from {source_name(source.source)}",
@@ -191,6 +194,16 @@ def _prompts(facts: Facts, place: int) -> Object:
         "data": [
             {"type": "dataset", "name": source_name(source.source), "contents": {"url": file.name}, "description": told}
         ],
+    }
+
+
+def _made_from(rows: MadeFrom) -> Object:
+    """What a model wrote prompts from."""
+    return {
+        "type": "data",
+        "name": source_name(rows.source),
+        "licenses": _licences(rows.licence, "as the recipe declares"),
+        "properties": _properties([(PREFIX + "parent-kind", rows.kind)]),
     }
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from limbeck.evaluate.answers import Answers, read_answers
 from limbeck.evaluate.scores import read_scores, score_of
 from limbeck.export.ledger import LedgerTold, ledger_told
+from limbeck.ledger.origins import ROW
 from limbeck.ledger.signing.notes import notes
 from limbeck.ledger.store import Ledger, entry_digest
 from limbeck.recipe import FileTeacher, Recipe
@@ -30,6 +31,15 @@ EXAMPLES_OF_DROPPED = 2
 """Dropped answers shown for each filter."""
 
 
+class MadeFrom(NamedTuple):
+    """Rows that prompts were written from."""
+
+    kind: str
+    """What they were to the writer; `row` where an earlier version did not say."""
+    source: str
+    licence: str
+
+
 class PromptSource(NamedTuple):
     """Where prompts came from."""
 
@@ -41,6 +51,8 @@ class PromptSource(NamedTuple):
     held_out: int
     images: int = 0
     """In prompts to train on."""
+    made_from: tuple[MadeFrom, ...] = ()
+    """What a model wrote them from, outside of this run; earlier prompts are of the same source."""
 
 
 class TeacherSeen(NamedTuple):
@@ -264,11 +276,17 @@ def _notes(entries: tuple[Entry, ...]) -> tuple[NoteSeen, ...]:
 def _sources(run: RunDir) -> tuple[PromptSource, ...]:
     counts: dict[tuple[str, str, str | None], Counter[Split]] = {}
     images: Counter[tuple[str, str, str | None]] = Counter()
+    parents: dict[tuple[str, str, str | None], dict[MadeFrom, None]] = {}
     for prompt in read_records(run / "prompts.parquet", Prompt):
         key = (prompt.source, prompt.licence, prompt.writer)
         counts.setdefault(key, Counter())[prompt.split] += 1
         images[key] += sum(message.images for message in prompt.messages) * (prompt.split is Split.TRAIN)
-    return tuple(PromptSource(*key, n[Split.TRAIN], n[Split.HELD_OUT], images[key]) for key, n in counts.items())
+        rows = (MadeFrom(p.kind or ROW, p.source, p.licence) for p in prompt.parents or () if p.kind != "prompt")
+        parents.setdefault(key, {}).update(dict.fromkeys(rows))
+    return tuple(
+        PromptSource(*key, n[Split.TRAIN], n[Split.HELD_OUT], images[key], tuple(parents[key]))
+        for key, n in counts.items()
+    )
 
 
 def _answers(

@@ -3,6 +3,7 @@
     student  --trainedOn-->          answers of each teacher  --hasDeclaredLicense--> terms
     student  --descendantOf-->       the model its weights began as
     teacher  --generates-->          its answers              --descendantOf-->       prompts
+    prompts  --descendantOf-->       what a model wrote them from
     student  --contains-->           files of its weights
     student  --hasEvidence-->        the ledger
 
@@ -12,6 +13,7 @@ The standard has no field for a share or a verdict: those are properties under `
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 
@@ -19,6 +21,7 @@ from pydantic import JsonValue
 
 from limbeck import __version__
 from limbeck.export.card import settings_of
+from limbeck.export.evidence import MadeFrom
 from limbeck.export.facts import Facts, FileSeen, TeacherTold
 from limbeck.export.licences import address, licence_ref, spdx_id
 from limbeck.export.properties import PREFIX, ledger_properties, teacher_properties, use_properties
@@ -245,8 +248,33 @@ class _Document:
             if new:
                 self.relate(one, "hasDeclaredLicense", [self._licence(source.licence)])
                 self.relate(one, "hasDataFile", [file])
+            if new and source.made_from:
+                self.relate(one, "descendantOf", list(dict.fromkeys(map(self._made_from, source.made_from))))
             made.append(one)
         return made
+
+    def _made_from(self, rows: MadeFrom) -> str:
+        """What a model wrote prompts from."""
+        name = source_name(rows.source)
+        key = hashlib.sha256(f"{rows.source} {rows.licence}".encode()).hexdigest()[:32]
+        new = f"{self.space}made-from-{key}" not in self.elements
+        one = self.add(
+            f"made-from-{key}",
+            "dataset_DatasetPackage",
+            name=name,
+            dataset_datasetType=["text"],
+            dataset_dataCollectionProcess=f"Rows from which a model wrote prompts: each was a {rows.kind} to it.",
+            software_downloadLocation=_NOWHERE,
+            software_primaryPurpose="data",
+            software_packageVersion=self.facts.version,
+            releaseTime=self._time(),
+            builtTime=self._time(),
+            originatedBy=[self._writer(None)],
+            comment="Its rows are named by digest in prompts.parquet and in the ledger's leaves; not part of the run.",
+        )
+        if new:
+            self.relate(one, "hasDeclaredLicense", [self._licence(rows.licence)])
+        return one
 
     def _table(self, name: str) -> str:
         return self._file(next(file for file in self.facts.tables if file.name == name), "data")

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from limbeck.export.evidence import Evidence, TeacherSeen
 from limbeck.export.words import several
 from limbeck.recipe import EndpointTeacher, FileTeacher
+from limbeck.terms.terms import OWN_MODEL, register
 
 
 def reached(seen: TeacherSeen) -> str:
@@ -17,6 +18,16 @@ def reached(seen: TeacherSeen) -> str:
         return f"answers of the file {PurePath(seen.file).name}; as declared, route {seen.route}{by}"
     where = seen.provider if seen.provider == seen.route else f"{seen.provider}, {seen.route}"
     return f"{where}, {in_batches(seen)}" if seen.batched else where
+
+
+def owner(seen: TeacherSeen) -> str:
+    """Whose a teacher is, as far as its terms say."""
+    if seen.terms == OWN_MODEL:
+        return "The recipe declares the model to be one's own."
+    found = register().get(seen.terms)
+    if found is None:
+        return "Not recorded."
+    return f"{found.holder}, as the register names the holder of these terms; the run itself recorded no owner."
 
 
 def source_name(source: str) -> str:

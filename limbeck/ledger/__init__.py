@@ -15,6 +15,7 @@ The room:
     layout        the tables of that file
     sealing       the stage that makes a leaf of every example
     leaf_columns  the values of leaves, by column
+    origins       who wrote the prompt of an example, and from what
     merkle/       the tree, its leaves, and their salts
     signing/      keys, envelopes, checkpoints, notes, time-stamps
     proofs/       what is handed to strangers

@@ -12,13 +12,14 @@ import sqlite3
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import pyarrow as pa
 import zstandard
+from pydantic import TypeAdapter
 
 from limbeck.ledger.columns import (
     Places,
@@ -30,7 +31,7 @@ from limbeck.ledger.columns import (
     read_messages,
 )
 from limbeck.ledger.raw_answers import Expected, RawAnswers
-from limbeck.records import Completion, Prompt, Verdict
+from limbeck.records import Completion, Parent, Prompt, Verdict
 from limbeck.tables import schema
 
 UNREADABLE = (
@@ -58,6 +59,27 @@ class Prompts:
     places: Places = field(default_factory=Places)
     held_out: bytearray = field(default_factory=bytearray)
     """Whether the prompt at each place is held out."""
+
+
+class Earlier:
+    """Prompts that others were written from: each has to be an earlier row of the same table."""
+
+    def __init__(self) -> None:
+        self._rows: array[int] = array("q")
+        self._ids = Places()
+
+    def add(self, row: int, parents: Iterable[Parent]) -> None:
+        """What the prompt in a row was written from."""
+        for parent in parents:
+            if parent.kind == "prompt":
+                self._rows.append(row)
+                self._ids.append(raw_digest(parent.id))
+
+    def missing(self, prompts: Places) -> Iterator[tuple[int, bytes]]:
+        """Row and parent of each that is none, once all prompts are known."""
+        for row, name in zip(self._rows, self._ids, strict=True):
+            if not 0 <= prompts.get(name) < row:
+                yield row, name
 
 
 @dataclass
@@ -134,17 +156,24 @@ def prompts_agree(path: Path) -> Prompts | None:
     """Every prompt's id is the digest of its messages, and none comes twice. Prompts with tools or a schema of their
     own are left to the slower way.
     """
-    found = Prompts()
+    found, earlier = Prompts(), Earlier()
     for columns in _rows(path, Prompt):
-        ids, messages, _, _, splits, _, tools, schemas, _ = columns
-        for name, text, split, tool, form in zip(ids, messages, splits, tools, schemas, strict=True):
+        ids, messages, _, _, splits, _, tools, schemas, parents = columns
+        for name, text, split, tool, form, made_from in zip(
+            ids, messages, splits, tools, schemas, parents, strict=True
+        ):
             told = read_messages(text)
             plain = tool is None and form is None
             if not plain or told is None or told.digest != name or split not in ("train", "held_out"):
                 return None
+            if made_from is not None:
+                earlier.add(len(found.places), _PARENTS.validate_json(made_from))
             found.places.append(bytes.fromhex(name[7:]))
             found.held_out.append(split == "held_out")
-    return None if found.places.twice() else found
+    return None if found.places.twice() or any(earlier.missing(found.places)) else found
+
+
+_PARENTS = TypeAdapter(tuple[Parent, ...])
 
 
 @_quiet

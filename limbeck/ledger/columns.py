@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from itertools import pairwise
 from json.encoder import encode_basestring as quoted
@@ -219,6 +221,23 @@ _TYPES = {
 _LATER = frozenset({"batch", "tools", "tool_calls", "json_schema", "mismatch", "parents"})
 """Columns that tables of earlier versions lack: nothing is in them then."""
 _MAY_BE_MISSING = frozenset({"reasoning", "weights", "writer"}) | _LATER
+
+
+_COLLECTED = 50_000
+"""Objects that are made before garbage is looked for; Python's own number is 700."""
+
+
+@contextmanager
+def rarely_collected() -> Iterator[None]:
+    """Look for cyclic garbage once in so many allocations. Rows are many objects and leave none: looking at all of them
+    again and again takes an eighth of the processor's time.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(max(before[0], _COLLECTED), *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 class Rows:

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import yaml
 
 from limbeck.errors import LimbeckError, Problem
 from limbeck.ledger.canonical import canonical
 from limbeck.ledger.columns import Rows
-from limbeck.ledger.merkle.fields import Leaf, commit, encode, entry_hash
+from limbeck.ledger.merkle.fields import NEWEST, Encoded, Leaf, Version, commit, encode, entry_hash
 from limbeck.ledger.merkle.hashing import commit_hashes
 from limbeck.ledger.merkle.order import LeafSet, LeavesFactError, leaf_sets
 from limbeck.ledger.merkle.salts import Salts
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from limbeck.ledger.sealing import Row as LeafRow
     from limbeck.recipe import Recipe
 
-_LEAVES = "leaves of version 1 in entries of the stage seal, and in no other"
+_LEAVES = "leaves of version 1 or 2 in entries of the stage seal, none older than those before, and in no other"
 _CHANGED = "somebody changed the ledger after it was written; compare with a copy kept elsewhere"
 _PART = 4096
 """Leaf hashes that are Python objects at a time."""
@@ -48,6 +48,11 @@ class Tree:
     """Roots over the first so many leaves, where an entry begins; none where the tree itself is broken."""
     latest: bytes = b""
     """The example leaves of the latest set, one hash after the other: as a list they take twice the room."""
+
+    @property
+    def version(self) -> Version:
+        """Of the leaves of the latest set."""
+        return self.sets[-1].fact.version if self.sets else NEWEST
 
 
 def check_tree(ledger: Ledger, rows: Sequence[Row], entries: Sequence[Entry]) -> Tree:
@@ -128,26 +133,37 @@ def _leaves(
 ) -> Iterator[Problem]:
     from limbeck.ledger.sealing import LEAVES, leaves, read_rows
 
-    recipe = _recipe(root, present, notes)
+    recipe, version = _recipe(root, present, notes), known.version
     if recipe is not None and _all_agree(root, recipe, known, salts):
         return
-    again = leaves(recipe, root) if recipe else None
+    again = leaves(recipe, root, version) if recipe else None
     hashes = (known.latest[i : i + WIDTH] for i in range(0, len(known.latest), WIDTH))
 
     def agrees(place: int, row: LeafRow, leaf: Leaf) -> bool:
         told = encode(leaf)
         same = told.text() == row.fields and told.share.decode() == row.share
-        return same and (salts is None or commit(salts, place, told).hash == row.leaf)
+        return same and (salts is None or commit(salts, place, told, version).hash == row.leaf)
 
     for place, (row, due, leaf) in enumerate(zip_longest(read_rows(root), hashes, again or ())):
         if row is not None and leaf is not None and row.leaf == due and agrees(place, row, leaf):
             continue
-        salted = (salts, place) if salts else None
+        salted = _Salted(salts, place, version) if salts else None
         yield from _row_differences(f"{LEAVES}: row {place}", row, due, leaf, salted, again is not None)
 
 
+class _Salted(NamedTuple):
+    """What a row's hash is made with."""
+
+    salts: Salts
+    row: int
+    version: Version
+
+    def hash(self, told: Encoded) -> Hash:
+        return commit(self.salts, self.row, told, self.version).hash
+
+
 def _row_differences(
-    where: str, row: LeafRow | None, due: Hash | None, leaf: Leaf | None, salted: tuple[Salts, int] | None, again: bool
+    where: str, row: LeafRow | None, due: Hash | None, leaf: Leaf | None, salted: _Salted | None, again: bool
 ) -> Iterator[Problem]:
     """What is wrong with one row. `salted` are the salts and the number of the row, where they are known; `again` says
     whether leaves were made again, of which `leaf` is this row's.
@@ -168,7 +184,7 @@ def _row_differences(
             yield Problem(where, "values that are not canonical JSON", "RFC 8785", _REMEDY)
         if again:
             yield from _against_records(where, said, leaf)
-    if salted and (made := commit(*salted, told).hash) != due:
+    if salted and (made := salted.hash(told)) != due:
         yield Problem(f"{where}: hash of fields and salts", made.hex(), f"{due.hex()}, as the tree", _REMEDY)
 
 
@@ -207,13 +223,13 @@ def _all_agree(root: Path, recipe: Recipe, known: Tree, salts: Salts | None) -> 
 
     try:
         rows, place = Rows(read_tables(root)), 0
-        for told in leaf_columns(recipe, root):
+        for told in leaf_columns(recipe, root, known.version):
             count = len(told.shares)
             due = known.latest[WIDTH * place : WIDTH * (place + count)]
             if len(due) != WIDTH * count:
                 return False
             hashes = [due[i : i + WIDTH] for i in range(0, len(due), WIDTH)]
-            if salts is not None and commit_hashes(salts, place, told) != hashes:
+            if salts is not None and commit_hashes(salts, place, told, known.version) != hashes:
                 return False
             if not leaves_table(told, hashes).equals(rows.take(count)):
                 return False

@@ -192,7 +192,7 @@ def _chat(found: Object) -> Said:
         finish = _CHAT_ENDS.get(finish, finish)
     else:
         finish = MALFORMED
-    calls = []
+    calls = list[Call]()
     for item in map(_object, _list(message.get("tool_calls"))):
         function = _object(item.get("function"))
         calls += _call(item.get("id"), function.get("name"), function.get("arguments"))
@@ -300,13 +300,15 @@ def _count(value: JsonValue) -> int | None:
 
 def _joined(parts: JsonValue, kind: str | None, key: str) -> str:
     """What the parts of a kind, or all, say under a key."""
-    told = [part for part in map(_object, _list(parts)) if kind is None or part.get("type") == kind]
-    return "".join(_text(part.get(key)) for part in told)
+    if type(parts) is not list:
+        return ""
+    told = [part.get(key) for part in parts if type(part) is dict and (kind is None or part.get("type") == kind)]
+    return "".join([text for text in told if type(text) is str])
 
 
 def _calls(items: Iterable[JsonValue], kind: str, id_: str, arguments: str) -> tuple[Call, ...]:
-    told = [item for item in map(_object, items) if item.get("type") == kind]
-    return tuple(call for item in told for call in _call(item.get(id_), item.get("name"), item.get(arguments)))
+    told = [item for item in items if type(item) is dict and item.get("type") == kind]
+    return tuple([call for item in told for call in _call(item.get(id_), item.get("name"), item.get(arguments))])
 
 
 def _call(id_: JsonValue, name: JsonValue, arguments: JsonValue) -> list[Call]:

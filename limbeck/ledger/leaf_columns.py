@@ -11,15 +11,15 @@ from typing import Any, NamedTuple, TypeVar
 
 from limbeck.ledger.canonical import canonical
 from limbeck.ledger.columns import completion_digest
-from limbeck.ledger.merkle.fields import NOT_ASKED, Share, share_bytes
+from limbeck.ledger.merkle.fields import NOT_ASKED, Share, Version, share_bytes
 from limbeck.ledger.merkle.hashing import EncodedColumns
+from limbeck.ledger.origins import Origins, parents_of
 from limbeck.ledger.sealing import (
     Answer,
     Example,
     answers_of,
     examples_of,
     iso_micros,
-    prompt_writers,
     sampling_of,
     without_completion,
     writers_of,
@@ -50,22 +50,29 @@ class _Shared(NamedTuple):
 
     values: _Known[str | None]
     times: _Known[int]
-    samplings: _Known[int]
+    samplings: _Known[tuple[str, int]]
+    parents: _Known[str | None]
+    """What follows the completion, up to the end of the list."""
     writers: _Known[tuple[str, str | None]]
     shares: _Known[tuple[str, str, int]]
 
 
-def leaf_columns(recipe: Recipe, run: Path) -> Iterator[EncodedColumns]:
+def leaf_columns(recipe: Recipe, run: Path, version: Version) -> Iterator[EncodedColumns]:
     """The leaves of a run, in the order of its examples, `ROWS` at a time.
 
     Raises `StaleError` where records do not belong together, and what readers raise for damaged bytes.
     """
 
-    def sampling(sample: int) -> bytes:
-        return canonical(sampling_of(recipe, sample))
+    def sampling(drawn: tuple[str, int]) -> bytes:
+        return canonical(sampling_of(recipe, *drawn, version))
 
-    shared = _Shared(_Known(canonical), _Known(_time), _Known(sampling), _Known(_writers), _Known(_share))
-    authors, answers, place = prompt_writers(run), answers_of(run), 0
+    def parents(told: str | None) -> bytes:
+        return canonical(parents_of("", told, version)).split(b'""', 1)[1]
+
+    shared = _Shared(
+        _Known(canonical), _Known(_time), _Known(sampling), _Known(parents), _Known(_writers), _Known(_share)
+    )
+    origins, answers, place = Origins(run), answers_of(run), 0
     for examples in _groups(examples_of(run / "examples" / "examples.parquet")):
         told: list[Answer] = []
         for example in examples:
@@ -76,7 +83,7 @@ def leaf_columns(recipe: Recipe, run: Path) -> Iterator[EncodedColumns]:
             else:
                 raise without_completion(place + len(told), example)
         place += len(examples)
-        yield _encoded(examples, told, authors, shared)
+        yield _encoded(examples, told, origins, shared, b"[" if version == 1 else b'[["completion",')
 
 
 def _groups(examples: Iterator[Example]) -> Iterator[list[Example]]:
@@ -90,25 +97,32 @@ def _groups(examples: Iterator[Example]) -> Iterator[list[Example]]:
         yield group
 
 
-def _encoded(examples: list[Example], told: list[Answer], authors: dict[str, str], shared: _Shared) -> EncodedColumns:
+def _encoded(
+    examples: list[Example], told: list[Answer], origins: Origins, shared: _Shared, begin: bytes
+) -> EncodedColumns:
+    """`begin` stands before the completion in the list of parents."""
     ids, parents, splits, teachers, tokens = (list(column) for column in zip(*examples, strict=True))
     column: dict[str, list[Any]] = dict(zip(Answer._fields, map(list, zip(*told, strict=True)), strict=True))
     said = map(completion_digest, *(column[name] for name in ("text", "reasoning", "finish_reason", "tool_calls")))
     known = shared.values.__getitem__
-    written = zip(column["model"], map(authors.get, column["prompt_id"]), strict=True)
+    writers, made_from = zip(*map(origins.get, column["prompt_id"]), strict=True)
+    written = zip(column["model"], writers, strict=True)
     fields = (
         _quoted(said),
         list(map(shared.times.__getitem__, column["created"])),
         _quoted(ids),
         [canonical(NOT_ASKED)] * len(examples),
         list(map(known, column["model"])),
-        [f"[{quoted(parent)}]".encode() for parent in parents],
+        [
+            begin + parent + more
+            for parent, more in zip(_quoted(parents), map(shared.parents.__getitem__, made_from), strict=True)
+        ],
         _quoted(column["prompt_id"]),
         list(map(known, column["provider"])),
         _quoted(column["request_id"]),
         _quoted(column["response"]),
         list(map(known, column["route"])),
-        list(map(shared.samplings.__getitem__, column["sample"])),
+        list(map(shared.samplings.__getitem__, zip(column["teacher"], column["sample"], strict=True))),
         list(map(known, column["teacher"])),
         list(map(known, column["terms"])),
         list(map(known, column["weights"])),

@@ -1,6 +1,6 @@
 """Checks that follow each record to its parents: prompt, raw answer, verdict, example, score. Needs no torch.
 
-    raw answer in the journal <-- Completion --> Prompt
+    raw answer in the journal <-- Completion --> Prompt --> earlier Prompts that it was written from
                                   Completion <-- Verdict (one each, in order)
                     kept, same split and teacher <-- Example
 
@@ -25,6 +25,7 @@ from limbeck.errors import LimbeckError, Problem
 from limbeck.ledger.agreement import (
     UNREADABLE,
     Answers,
+    Earlier,
     Prompts,
     Twice,
     completions_agree,
@@ -94,7 +95,7 @@ def _records(path: Path, record: type[R]) -> Iterator[R]:
 
 
 def _each_prompt(path: Path, known: _Known) -> Iterator[Problem]:
-    found, before = Prompts(), set[bytes]()
+    found, before, earlier = Prompts(), set[bytes](), Earlier()
     for row, prompt in enumerate(_records(path, Prompt)):
         where, key = f"prompts.parquet: row {row}", raw_digest(prompt.id)
         if (due := Prompt.id_of(prompt.messages, prompt.tools, prompt.json_schema)) != prompt.id:
@@ -102,9 +103,13 @@ def _each_prompt(path: Path, known: _Known) -> Iterator[Problem]:
         if key in before:
             yield Problem(f"{where}: id", f"{prompt.id} a second time", "each prompt once", _REMEDY)
         before.add(key)
+        earlier.add(row, prompt.parents or ())
         found.places.append(key)
         found.held_out.append(prompt.split == Split.HELD_OUT)
     found.places.settle()
+    for row, name in earlier.missing(found.places):
+        where = f"prompts.parquet: row {row}: parents"
+        yield Problem(where, f"sha256:{name.hex()}, a prompt", "one of an earlier row", _REMEDY)
     known.prompts = found
 
 

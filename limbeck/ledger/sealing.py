@@ -21,11 +21,12 @@ from pydantic import JsonValue
 from limbeck.errors import InputError, Problem, StaleError
 from limbeck.ledger.canonical import iso
 from limbeck.ledger.columns import batches, completion_digest
-from limbeck.ledger.merkle.fields import FIELDS, NOT_ASKED, Leaf, Share
+from limbeck.ledger.merkle.fields import FIELDS, NEWEST, NOT_ASKED, Leaf, Share, Version
 from limbeck.ledger.merkle.hashing import EncodedColumns, commit_hashes
 from limbeck.ledger.merkle.order import LeafSet, LeavesFact
 from limbeck.ledger.merkle.salts import Salts
 from limbeck.ledger.merkle.tree import Hash
+from limbeck.ledger.origins import Origins, parents_of
 from limbeck.ledger.signing import keys
 from limbeck.recipe import Recipe
 from limbeck.records import Digest
@@ -61,12 +62,12 @@ def seal(recipe: Recipe, run: RunDir) -> dict[str, JsonValue]:
         atomic(run / LEAVES) as half,
         pq.ParquetWriter(half, _SCHEMA, compression="zstd") as writer,
     ):
-        for told in leaf_columns(recipe, run.root):
-            hashes = commit_hashes(salts, count, told)
+        for told in leaf_columns(recipe, run.root, NEWEST):
+            hashes = commit_hashes(salts, count, told, NEWEST)
             writer.write_table(leaves_table(told, hashes))
             count += len(hashes)
             line.advance(len(hashes))
-    fact = LeavesFact(version=1, count=count, nonce=nonce.hex(), salts=salts.id)
+    fact = LeavesFact(version=NEWEST, count=count, nonce=nonce.hex(), salts=salts.id)
     return {"leaves": fact.model_dump(mode="json"), "gate": NOT_ASKED}
 
 
@@ -171,10 +172,10 @@ class Example(NamedTuple):
     tokens: int
 
 
-def leaves(recipe: Recipe, run: Path) -> Iterator[Leaf]:
+def leaves(recipe: Recipe, run: Path, version: Version) -> Iterator[Leaf]:
     """The leaves of a run, in the order of its examples. Raises `StaleError` where records do not belong together."""
-    writers = prompt_writers(run)
-    samplings: dict[int, JsonValue] = {}
+    origins = Origins(run)
+    samplings: dict[tuple[str, int], JsonValue] = {}
     told_writers: dict[tuple[str, str | None], JsonValue] = {}
     shares: dict[tuple[str, str, int], Share] = {}
     answers = answers_of(run)
@@ -186,10 +187,11 @@ def leaves(recipe: Recipe, run: Path) -> Iterator[Leaf]:
                 break
         if completion is None:
             raise without_completion(place, example)
-        prompt_writer = writers.get(completion.prompt_id)
-        if (sampling := samplings.get(completion.sample)) is None:
-            sampling = samplings[completion.sample] = sampling_of(recipe, completion.sample)
-        who = completion.model, prompt_writer
+        origin = origins.get(completion.prompt_id)
+        drawn = completion.teacher, completion.sample
+        if (sampling := samplings.get(drawn)) is None:
+            sampling = samplings[drawn] = sampling_of(recipe, *drawn, version)
+        who = completion.model, origin.writer
         if (told := told_writers.get(who)) is None:
             told = told_writers[who] = writers_of(*who)
         counted = example.teacher, example.split, example.tokens
@@ -206,7 +208,7 @@ def leaves(recipe: Recipe, run: Path) -> Iterator[Leaf]:
                 example.id,
                 NOT_ASKED,
                 completion.model,
-                [example.completion],
+                parents_of(example.completion, origin.parents, version),
                 completion.prompt_id,
                 completion.provider,
                 completion.request_id,
@@ -225,12 +227,6 @@ def leaves(recipe: Recipe, run: Path) -> Iterator[Leaf]:
 _REMEMBERED = 4096
 
 
-def prompt_writers(run: Path) -> dict[Digest, str]:
-    """The model that wrote each prompt, of those that a model wrote."""
-    columns = _columns(run / "prompts.parquet", ("id", "writer"))
-    return {name: writer for name, writer in columns if writer is not None}
-
-
 def without_completion(place: int, example: Example) -> StaleError:
     """That the example in a row has no completion where it has to have one."""
     where, found = f"examples: row {place}: parent", example.completion
@@ -247,16 +243,28 @@ def iso_micros(micros: int) -> str:
 _BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def sampling_of(recipe: Recipe, sample: int) -> JsonValue:
-    """What a leaf says of how an answer was drawn."""
+def sampling_of(recipe: Recipe, teacher: str, sample: int, version: Version) -> JsonValue:
+    """What a leaf says of how an answer was drawn. From version 2 on nothing is said that was not asked of the teacher:
+    answers of a file were drawn by somebody else, endpoints may refuse keys, and some APIs take no seed.
+    """
     told = recipe.collect
-    return {
+    found: dict[str, JsonValue] = {
         "max_tokens": told.max_tokens,
-        "sample": sample,
         "seed": recipe.seed,
         "temperature": told.temperature,
         "top_p": told.top_p,
     }
+    if version == 1:
+        return found | {"sample": sample}
+    asked = next((one for one in recipe.teachers if one.name == teacher), None)
+    extra: dict[str, JsonValue] = {}
+    if asked is None or asked.kind == "file":
+        found = dict.fromkeys(found)
+    elif asked.kind != "local":
+        extra = dict(asked.extra)
+        seedless = asked.kind == "anthropic" or asked.api == "responses"
+        found |= dict.fromkeys({*asked.omit, *(("seed",) if seedless else ())} & {*found})
+    return found | {"extra": extra, "sample": sample}
 
 
 def writers_of(model: str, prompt_writer: str | None) -> JsonValue:

@@ -105,6 +105,7 @@ def verify(
         InputError: `head` or `key` of another form, or no certificates in `authority`.
 
     """
+    from limbeck.ledger.columns import rarely_collected
     from limbeck.ledger.commitments import leaf_differences
     from limbeck.ledger.parents import record_differences
     from limbeck.ledger.signing.checks import Against, check_signed, refuse_malformed, signed_notes
@@ -120,8 +121,9 @@ def verify(
     signed = check_signed(entries, tree.roots, tree.sets, against)
     outputs = _latest_outputs(entries)
     present, file_differences = _files(root, outputs)
-    record_problems, record_notes = record_differences(root, present)
-    leaf_problems, leaf_notes = leaf_differences(root, tree, present, salts)
+    with rarely_collected():
+        record_problems, record_notes = record_differences(root, present)
+        leaf_problems, leaf_notes = leaf_differences(root, tree, present, salts)
     differences += gate_problems(entries, tree.sets, tree.latest)
     differences += [*signed.problems, *leaf_problems, *_order(root, signed.made, tree.sets, salts, present)]
     differences += [*_recipe(root, entries), *_arrows(entries), *file_differences, *record_problems]

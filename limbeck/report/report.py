@@ -13,7 +13,7 @@ from pydantic import JsonValue
 
 from limbeck import __version__
 from limbeck.export.evidence import Evidence, read_evidence
-from limbeck.export.teachers import drawn, reached
+from limbeck.export.teachers import drawn, owner, reached
 from limbeck.export.words import duration, interval, number, one_line, percent, several, short, visible
 from limbeck.recipe import Recipe
 from limbeck.report import view
@@ -93,7 +93,7 @@ def _environment() -> Environment:
     )
     made.filters |= {
         "cut": _cut, "day": _day, "duration": duration, "interval": interval, "line": one_line,
-        "moment": _moment, "number": number, "percent": percent, "reached": reached,
+        "moment": _moment, "number": number, "percent": percent, "reached": reached, "owner": owner,
         "several": several, "short": short, "visible": visible,
     }  # fmt: skip
     return made

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from limbeck.errors import Problem
+from limbeck.ledger.merkle.fields import whole_number
 from limbeck.ledger.merkle.order import LeafSet
 from limbeck.ledger.merkle.tree import node_hash, root
 from limbeck.ledger.signing.envelope import Envelope
@@ -28,7 +29,7 @@ class GateFact(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    version: Literal[1]
+    version: Annotated[Literal[1], BeforeValidator(whole_number)]
     token: Envelope
     waivers: list[Envelope]
 

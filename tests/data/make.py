@@ -27,8 +27,13 @@ def run(base: Path) -> None:
     made = runs.make_run(base / "run")
     if call("ledger", "note", "--help").exit_code == 0:
         call("ledger", "note", made, "Rows 1 to 5 read.", "--by", "A. Reader")
-    if call("ledger", "disclose", "--help").exit_code:
-        return
+    if call("ledger", "disclose", "--help").exit_code == 0:
+        _documents(base, made)
+
+
+def _documents(base: Path, made: Path) -> None:
+    from command import call
+
     from limbeck.ledger.canonical import canonical
 
     kept = canonical(_envelope(made))
@@ -44,6 +49,19 @@ def run(base: Path) -> None:
         result = call("ledger", words[0], str(made), *words[1:], "--out", str(documents / words[0]))
         if result.exit_code:
             raise SystemExit(result.output)
+
+
+def written(base: Path) -> None:
+    """The same, where a model wrote prompts from seeds and from earlier prompts; and what the parents of a row are."""
+    import runs
+    from command import call
+
+    made = runs.make_run(base / "run", change=runs.from_seeds, gated=True)
+    call("ledger", "note", made, "Rows 1 to 5 read.", "--by", "A. Reader")
+    _documents(base, made)
+    result = call("ledger", "disclose", made, "--row", 3, "--field", "parents", "--out", base / "documents" / "parents")
+    if result.exit_code:
+        raise SystemExit(result.output)
 
 
 def signalled(kind: str) -> Callable[[Path], None]:
@@ -194,6 +212,7 @@ KINDS = {
     "ledger-2-hidden": signalled("hidden"),
     "ledger-2-stamped": stamped,
     "ledger-2-endpoints": endpoints,
+    "ledger-2-written": written,
     "ledger": run,
     "waived": waived,
     "journal": journal,

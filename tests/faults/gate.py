@@ -56,6 +56,7 @@ def _unsigned(fact: dict, _: object) -> None:
 OTHER = Ed25519PrivateKey.generate()
 
 FAULTS = [
+    Fault("a gate of version true", gate(lambda fact, _: fact.update(version=True)), "facts: gate: version", "version"),
     Fault(
         "an expired waiver",
         waiver(lambda s: s["predicate"].update(expires="2026-01-01")),

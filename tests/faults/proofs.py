@@ -196,7 +196,7 @@ FORMS = [
         ),
         Fault("a key too many", form, edit(form, lambda d: d.update(more=1)), "more"),
         Fault("a key too few", form, edit(form, lambda d, n=name: d.pop(n)), name),
-        Fault("another version", form, edit(form, lambda d: d.update(form=d["form"][:-1] + "2")), "form"),
+        Fault("another version", form, edit(form, lambda d: d.update(form=d["form"][:-1] + "3")), "form"),
         Fault("not canonical: spaces", form, lambda p, f=form: json.dumps(p.docs[f]).encode(), "byte"),
         Fault("not canonical: a letter as an escape", form, bytes_of(form, b'"form"', b'"\\u0066orm"'), "byte"),
         Fault("two line feeds at the end", form, lambda p, f=form: rfc8785.dumps(p.docs[f]) + b"\n\n", "byte"),

@@ -41,20 +41,25 @@ def forged(name: str, edit: Callable[[list[int]], list[int]]) -> Callable[[Case]
 
     def do(case: Case) -> None:
         edited(name, edit)(case)
-        top = name.split("/")[0]
-        digest = digest_path(case.run / top) if "/" in name else digest_file(case.run / name)
-
-        def rewritten(bodies: list[dict], _: object) -> None:
-            for body in bodies:
-                for side in ("inputs", "outputs"):
-                    if top in body[side]:
-                        body[side][top] = digest
-                if top in body["facts"].get("manifests", {}):
-                    body["facts"]["manifests"][top] = manifest(case.run / top)
-
-        case.rewrite(rewritten)
+        case.rewrite(rewritten(case, name))
 
     return do
+
+
+def rewritten(case: Case, name: str) -> Callable[[list[dict], object], None]:
+    """A change of entries that makes them agree with what lies there under a name."""
+    top = name.split("/")[0]
+    digest = digest_path(case.run / top) if "/" in name else digest_file(case.run / name)
+
+    def change(bodies: list[dict], _: object) -> None:
+        for body in bodies:
+            for side in ("inputs", "outputs"):
+                if top in body[side]:
+                    body[side][top] = digest
+            if top in body["facts"].get("manifests", {}):
+                body["facts"]["manifests"][top] = manifest(case.run / top)
+
+    return change
 
 
 _PARQUET = "it reads no Parquet, and everything that it reads agrees"

@@ -12,7 +12,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from limbeck.collect.digests import DigestSet
 from limbeck.collect.files import iter_file_prompts
@@ -28,7 +28,7 @@ from limbeck.recipe import (
     SelfInstructPrompts,
 )
 from limbeck.recipe.prompts import WrittenPrompts
-from limbeck.records import Message, Parent, Prompt
+from limbeck.records import Digest, Message, Parent, Prompt
 from limbeck.seeds import derive_seed
 
 _DEEPER = (
@@ -62,6 +62,8 @@ class Task(NamedTuple):
     """Whether it is asked for a numbered list, each item of which is a candidate."""
     then: Callable[[str], Task] | None = None
     """What it is told next, after these words; None where they end the candidate."""
+    before: tuple[Digest, ...] = ()
+    """Prompts of earlier rounds that it is made from."""
 
 
 class Kind(Protocol):
@@ -117,7 +119,8 @@ class Evolve:
         else:
             instruction = told("deepen", prompt=piece.text, how=draw.choice(_DEEPER))
         system = tuple(message for message in piece.messages[:-1] if message.role == "system")
-        return Task(instruction, number, piece.parents, (piece.text,), lambda text: (*system, _user(text)))
+        own = (Prompt.id_of(piece.messages),) if before else ()
+        return Task(instruction, number, piece.parents, (piece.text,), lambda text: (*system, _user(text)), before=own)
 
 
 class Personas:
@@ -129,7 +132,8 @@ class Personas:
 
     def __init__(self, source: PersonaPrompts, seed: int):
         self.wave = _wave(source.count)
-        self._personas, self._tasks = chosen(source.personas, source.count), chosen(source.tasks, source.count)
+        self._personas = chosen(source.personas, source.count, "persona")
+        self._tasks = chosen(source.tasks, source.count, "task")
         self._pairs = len(self._personas) * len(self._tasks)
         # Steps of a number without a common divisor come by every pair once.
         draw = random.Random(derive_seed(seed, "personas"))
@@ -179,7 +183,7 @@ class SelfInstruct:
         self._seeds = chosen(source.seeds, max(source.count, source.examples))
 
     def task(self, before: Sequence[Piece], number: int) -> Task:
-        """See `Kind.task`. The parents are the seeds among the examples, of which there is always one."""
+        """See `Kind.task`. The parents are all examples; there is always a seed among them."""
         draw = random.Random(derive_seed(self._seed, "self-instruct", len(before), number))
         own = draw.sample(before, min(self._source.examples // _OWN, len(before)))
         seeds = draw.sample(self._seeds, min(self._source.examples - len(own), len(self._seeds)))
@@ -188,7 +192,8 @@ class SelfInstruct:
         texts = tuple(" ".join(piece.text.split()) for piece in examples)
         instruction = told("list", examples=texts, each=self._source.each)
         parents = tuple(dict.fromkeys(parent for piece in seeds for parent in piece.parents))
-        return Task(instruction, number, parents, texts, lambda text: (_user(text),), listed=True)
+        ids = tuple(Prompt.id_of(piece.messages) for piece in own)
+        return Task(instruction, number, parents, texts, lambda text: (_user(text),), listed=True, before=ids)
 
 
 class MultiTurn:
@@ -261,7 +266,9 @@ def bare(text: str) -> str:
     return text
 
 
-def chosen(source: FilePrompts | DatasetPrompts, count: int) -> list[Piece]:
+def chosen(
+    source: FilePrompts | DatasetPrompts, count: int, kind: Literal["seed", "persona", "task"] = "seed"
+) -> list[Piece]:
     """So many different rows, or all where there are fewer, in the order of a digest of what they say."""
     seen = DigestSet()
 
@@ -272,7 +279,7 @@ def chosen(source: FilePrompts | DatasetPrompts, count: int) -> list[Piece]:
                 yield row
 
     picked = heapq.nsmallest(count, rows(), key=lambda row: _rank(row.id))
-    return [Piece(row.messages, (_parent(row.id, source),)) for row in picked]
+    return [Piece(row.messages, (_parent(row.id, source, kind),)) for row in picked]
 
 
 def _pieces(source: DocumentPrompts) -> list[Piece]:
@@ -289,11 +296,13 @@ def _pieces(source: DocumentPrompts) -> list[Piece]:
                 yield _rank(f"{row.id} {start}"), text[start:end].strip(), row.id
 
     picked = heapq.nsmallest(source.count, cut())
-    return [Piece((_user(text),), (_parent(name, source.documents),)) for _, text, name in picked]
+    return [Piece((_user(text),), (_parent(name, source.documents, "document"),)) for _, text, name in picked]
 
 
-def _parent(name: str, source: FilePrompts | DatasetPrompts) -> Parent:
-    return Parent(id=name, source=source.name, licence=source.licence)
+def _parent(
+    name: str, source: FilePrompts | DatasetPrompts, kind: Literal["seed", "document", "persona", "task"]
+) -> Parent:
+    return Parent(id=name, source=source.name, licence=source.licence, kind=kind)
 
 
 def _rank(text: str) -> bytes:

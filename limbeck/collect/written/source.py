@@ -109,7 +109,7 @@ class _Keeping:
         self._taken.add(" ".join(words))
         if self._likeness is not None:
             self._likeness.add(words)
-        self._tally.keep(Piece(messages, task.parents), tokens)
+        self._tally.keep(Piece(messages, task.parents, task.before), tokens)
 
     def _why_not(self, task: Task, ended: str, words: list[str], name: Digest) -> str | None:
         if ended != "stop":

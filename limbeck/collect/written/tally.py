@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from limbeck.errors import InputError, Problem
 from limbeck.progress import Line
-from limbeck.records import Message, Parent
+from limbeck.records import Digest, Message, Parent
 
 TRIES = 20
 """Candidates for each prompt asked for, before giving up. SmolLM2-135M needs 1.4 for prompts of its own."""
@@ -23,6 +23,9 @@ class Piece(NamedTuple):
 
     messages: tuple[Message, ...]
     parents: tuple[Parent, ...]
+    """Rows of files that it is, or was made from."""
+    before: tuple[Digest, ...] = ()
+    """Prompts of the same source that it was made from."""
 
     @property
     def text(self) -> str:

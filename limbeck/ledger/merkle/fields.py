@@ -1,6 +1,6 @@
 """An example as the ledger hashes it: sixteen salted fields, and a share that can be opened beside them.
 
-    leaf = H(00 | 01 | P | S)    P: root over the fields' digests    S: digest of the share
+    leaf = H(00 | V | P | S)    V: a byte for the version    P: root over the fields' digests    S: digest of the share
 
 docs/ledger-format.md is the contract. What an example's fields say comes from `limbeck.ledger.sealing`.
 """
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import sha256
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from limbeck.ledger.canonical import canonical
 from limbeck.ledger.merkle.salts import SALT, Salts
@@ -43,7 +43,22 @@ NOT_ASKED = "not asked"
 
 FIELD, FIELD_NODE = b"\x02", b"\x03"
 """Stand before what is hashed of a field, and of two of their hashes."""
-EXAMPLE, _ENTRY = b"\x01", b"\x02"
+_ENTRY = b"\x02"
+
+
+def whole_number(value: object) -> object:
+    """The value itself. Raises `ValueError` for `true`, which pydantic takes for the literal 1."""
+    if type(value) is not int:
+        raise ValueError(f"{value!r}, expected an integer")
+    return value
+
+
+Version = Annotated[Literal[1, 2], BeforeValidator(whole_number)]
+"""Of an example's leaf. From 2 on its parents are named with their kinds, and those of its prompt are among them."""
+NEWEST: Version = 2
+"""What is written now; the others are read."""
+EXAMPLE: dict[Version, bytes] = {1: b"\x01", 2: b"\x03"}
+"""Stands before what is hashed of an example, so that a leaf of one version cannot be taken for one of another."""
 
 
 class Share(BaseModel):
@@ -94,9 +109,9 @@ def fields_root_from_path(digest: Hash, place: int, path: Sequence[Hash]) -> Has
     return root_from_path(digest, place, len(FIELDS), path, FIELD_NODE)
 
 
-def example_hash(private: Hash, share: Hash) -> Hash:
+def example_hash(private: Hash, share: Hash, version: Version) -> Hash:
     """Hash of an example's leaf."""
-    return leaf_hash(EXAMPLE + private + share)
+    return leaf_hash(EXAMPLE[version] + private + share)
 
 
 def entry_hash(body: bytes) -> Hash:
@@ -139,12 +154,12 @@ def share_bytes(teacher: bytes, split: str, tokens: int) -> bytes:
     return b'{"class":%b,"split":"%b","tokens":%d}' % (teacher, split.encode(), tokens)
 
 
-def commit(salts: Salts, row: int, encoded: Encoded) -> Committed:
+def commit(salts: Salts, row: int, encoded: Encoded, version: Version) -> Committed:
     """The hashes of a row."""
     own = salts.row(row, len(FIELDS) + 1)
     digests = [field_digest(*field) for field in zip(FIELDS, own[:-1], encoded.fields, strict=True)]
     private, share = root(digests, FIELD_NODE), field_digest(SHARE, own[-1], encoded.share)
-    return Committed(own, digests, private, share, example_hash(private, share))
+    return Committed(own, digests, private, share, example_hash(private, share, version))
 
 
 def salts_of(data: bytes) -> list[bytes]:

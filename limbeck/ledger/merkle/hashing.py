@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from limbeck.ledger.merkle.fields import EXAMPLE, FIELD, FIELD_NODE, FIELDS, SHARE
+from limbeck.ledger.merkle.fields import EXAMPLE, FIELD, FIELD_NODE, FIELDS, SHARE, Version
 from limbeck.ledger.merkle.salts import SALT, Salts
 from limbeck.ledger.merkle.tree import LEAF
 
@@ -35,7 +35,7 @@ class EncodedColumns(NamedTuple):
 _OBJECT = b"{%b}" % b",".join(b'"%b":%%b' % name.encode() for name in FIELDS)
 
 
-def commit_hashes(salts: Salts, first: int, told: EncodedColumns) -> list[bytes]:
+def commit_hashes(salts: Salts, first: int, told: EncodedColumns, version: Version) -> list[bytes]:
     """The leaf hashes of the examples from row `first` of their set on."""
     count = len(told.shares)
     if not count:
@@ -48,7 +48,7 @@ def commit_hashes(salts: Salts, first: int, told: EncodedColumns) -> list[bytes]
         pairs = digests.reshape(-1, 2 * _HASH)
         digests = _digests(_rows(FIELD_NODE, pairs)).reshape(count, -1, _HASH)
     shares = _digests(map(add, _salted(own[:, -1], SHARE), told.shares))
-    return [sha256(leaf).digest() for leaf in _rows(LEAF + EXAMPLE, digests[:, 0], shares)]
+    return [sha256(leaf).digest() for leaf in _rows(LEAF + EXAMPLE[version], digests[:, 0], shares)]
 
 
 def _salted(salts: np.ndarray, name: str) -> list[bytes]:

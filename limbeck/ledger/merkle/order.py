@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from limbeck.ledger.merkle.fields import Version
 from limbeck.records import Digest, Entry
 
 SEAL = "seal"
@@ -18,7 +19,7 @@ class LeavesFact(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    version: Literal[1]
+    version: Version
     count: Annotated[int, Field(ge=0, lt=2**53)]
     nonce: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     """Hex; the salts' key is extracted with it."""
@@ -53,11 +54,15 @@ def leaves_fact(entry: Entry) -> LeavesFact | None:
 
 
 def leaf_sets(entries: Iterable[Entry]) -> tuple[LeafSet, ...]:
-    """All sets, oldest first. Raises `LeavesFactError` where an entry's fact is malformed."""
-    found, place = [], 0
+    """All sets, oldest first. Raises `LeavesFactError` where an entry's fact is malformed, or of an older version than
+    one before: no release writes that, and it would hide what the newer version shows.
+    """
+    found, place = list[LeafSet](), 0
     for entry in entries:
         try:
             fact = leaves_fact(entry)
+            if fact is not None and found and fact.version < found[-1].fact.version:
+                raise ValueError(f"version {fact.version} after version {found[-1].fact.version}")
         except ValueError as error:
             raise LeavesFactError(entry.index, error) from None
         if fact is not None:

@@ -20,7 +20,7 @@ from limbeck.ledger.merkle.fields import (
 from limbeck.ledger.merkle.salts import SALT
 from limbeck.ledger.merkle.stored import WIDTH
 from limbeck.ledger.merkle.tree import Hash, root_from_path
-from limbeck.ledger.proofs.documents import CheckedRoot, Disclosure, checked_root, covering
+from limbeck.ledger.proofs.documents import CheckedRoot, Disclosure, checked_root, covering, form_of, version_of
 from limbeck.ledger.sealing import LEAVES, parse_row, read_row, salts_for
 from limbeck.ledger.signing.envelope import unbase64
 from limbeck.ledger.store import Ledger
@@ -51,7 +51,7 @@ def disclose(run: Path, row: int, field: str) -> Disclosure:
     if found is None:
         raise InputError("no such row", [Problem(f"{run / LEAVES}: row {row}", "nothing", "a row", "verify the run")])
     leaf = parse_row(found)
-    made = commit(salts_for(cover.found), row, encode(leaf))
+    made = commit(salts_for(cover.found), row, encode(leaf), cover.found.fact.version)
     refuse_changed(run, row, made.hash, due)
     if field == SHARE:
         value, salt, inner = leaf.share.value(), made.salts[-1], [made.private]
@@ -59,6 +59,7 @@ def disclose(run: Path, row: int, field: str) -> Disclosure:
         at = FIELDS.index(field)
         value, salt, inner = leaf.fields[at], made.salts[at], [*fields_path(made.digests, at), made.share]
     return Disclosure(
+        form=form_of(Disclosure, cover.found.fact.version),
         checkpoint=cover.as_json(),
         row=row,
         field=field,
@@ -91,10 +92,10 @@ def check_disclosure(proof: Disclosure) -> CheckedRoot:
     if len(path) < inner:
         raise ValueError(f"a path of {len(path)} digests")
     if proof.field == SHARE:
-        leaf = example_hash(path[0], digest)
+        leaf = example_hash(path[0], digest, version_of(proof))
     else:
         private = fields_root_from_path(digest, FIELDS.index(proof.field), path[:_DEPTH])
-        leaf = example_hash(private, path[_DEPTH])
+        leaf = example_hash(private, path[_DEPTH], version_of(proof))
     found = root_from_path(leaf, root.examples.first + proof.row, root.size, path[inner:])
     if found != root.statement.root:
         raise ValueError(f"the path leads to root {found.hex()}, the signed one is {root.statement.root.hex()}")

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from limbeck.errors import InputError, Problem
 from limbeck.ledger.canonical import canonical, digest_bytes, read_json
+from limbeck.ledger.merkle.fields import Version
 from limbeck.ledger.merkle.order import LeafSet, leaf_sets
 from limbeck.ledger.sealing import refuse_unsealed
 from limbeck.ledger.signing.checkpoints import Made, checkpoints
@@ -49,7 +50,7 @@ class SignedRoot(_Strict):
 class Disclosure(_Strict):
     """One field of one row."""
 
-    form: Literal["limbeck-disclosure/1"] = "limbeck-disclosure/1"
+    form: Literal["limbeck-disclosure/1", "limbeck-disclosure/2"]
     checkpoint: SignedRoot
     row: Count
     field: str
@@ -79,7 +80,7 @@ class ClassShare(_Strict):
 class ShareDocument(_Strict):
     """The blinded manifest, and what it adds up to."""
 
-    form: Literal["limbeck-share/1"] = "limbeck-share/1"
+    form: Literal["limbeck-share/1", "limbeck-share/2"]
     checkpoint: SignedRoot
     before: list[str]
     classes: list[str]
@@ -101,7 +102,7 @@ class OpenedRow(_Strict):
 class SpotCheckDocument(_Strict):
     """The rows that a seed picked."""
 
-    form: Literal["limbeck-spot-check/1"] = "limbeck-spot-check/1"
+    form: Literal["limbeck-spot-check/1", "limbeck-spot-check/2"]
     checkpoint: SignedRoot
     share: Digest
     seed: str
@@ -120,10 +121,24 @@ class ConsistencyDocument(_Strict):
 
 Document = Disclosure | ShareDocument | SpotCheckDocument | ConsistencyDocument
 _FORMS: dict[str, type[Document]] = {
-    str(kind.model_fields["form"].default): kind
+    form: kind
     for kind in (Disclosure, ShareDocument, SpotCheckDocument, ConsistencyDocument)
+    for form in get_args(kind.model_fields["form"].annotation)
 }
-T = TypeVar("T", bound=BaseModel)
+
+
+OfLeaves = Disclosure | ShareDocument | SpotCheckDocument
+"""Documents that hashes of examples come out of. The number of their form is the version of the leaves."""
+
+
+def form_of(kind: type[OfLeaves], version: Version) -> Any:
+    """What a document of this kind about leaves of a version is called."""
+    return get_args(kind.model_fields["form"].annotation)[version - 1]
+
+
+def version_of(document: OfLeaves) -> Version:
+    """The version of the leaves that a document is about."""
+    return 1 if document.form.endswith("/1") else 2
 
 
 def document_bytes(document: Document) -> bytes:

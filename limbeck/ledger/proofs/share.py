@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from limbeck.ledger.canonical import canonical
-from limbeck.ledger.merkle.fields import SHARE, commit, encode, example_hash, field_digest, share_bytes
+from limbeck.ledger.merkle.fields import SHARE, Version, commit, encode, example_hash, field_digest, share_bytes
 from limbeck.ledger.merkle.salts import SALT
 from limbeck.ledger.merkle.stored import WIDTH
 from limbeck.ledger.merkle.tree import Hash, root
@@ -26,6 +26,8 @@ from limbeck.ledger.proofs.documents import (
     ShareRows,
     checked_root,
     covering,
+    form_of,
+    version_of,
 )
 from limbeck.ledger.sealing import parse_row, read_rows, salts_for
 from limbeck.ledger.signing.envelope import unbase64
@@ -45,11 +47,11 @@ def share(run: Path) -> ShareDocument:
         cover = covering(run, ledger.entries())
         first, end = cover.found.first, cover.found.first + cover.found.fact.count
         before, own, after = (ledger.tree.leaves(*part) for part in ((0, first), (first, end), (end, cover.size)))
-    keys = salts_for(cover.found)
+    keys, version = salts_for(cover.found), cover.found.fact.version
     private, salts, told = [], [], []
     for row, (found, due) in enumerate(zip_longest(read_rows(run), own)):
         leaf = parse_row(found) if found else None
-        made = commit(keys, row, encode(leaf)) if leaf else None
+        made = commit(keys, row, encode(leaf), version) if leaf else None
         refuse_changed(run, row, made.hash if made else b"", [due] if due else [])
         if leaf and made:
             private.append(made.private)
@@ -66,6 +68,7 @@ def share(run: Path) -> ShareDocument:
     }
     rows = ShareRows.model_validate(columns)
     return ShareDocument(
+        form=form_of(ShareDocument, version),
         checkpoint=cover.as_json(),
         before=_texts(before),
         classes=classes,
@@ -95,6 +98,8 @@ class CheckedShare(NamedTuple):
     """Digests of the rows' shares."""
     running: list[int]
     """Tokens of split train, summed up to and with each row."""
+    version: Version
+    """Of the rows' leaves."""
 
     @property
     def total(self) -> int:
@@ -114,13 +119,13 @@ def check_share(document: ShareDocument) -> CheckedShare:
     if document.classes != sorted(set(document.classes)) or any(c >= len(document.classes) for c in rows.class_):
         raise ValueError("classes that are not sorted, come twice, or are missing")
     shares = list(_share_digests(document.classes, rows, salts))
-    leaves = [example_hash(p, s) for p, s in zip(private, shares, strict=True)]
+    leaves = [example_hash(p, s, version_of(document)) for p, s in zip(private, shares, strict=True)]
     if (made := root([*before, *leaves, *after])) != signed.statement.root:
         raise ValueError(f"the rows make root {made.hex()}, the signed one is {signed.statement.root.hex()}")
     if document.shares != (due := added_up(document.classes, rows)):
         raise ValueError(f"the shares are said to be {document.shares}, the rows add up to {due}")
     weights = (tokens if split == 0 else 0 for tokens, split in zip(rows.tokens, rows.split, strict=True))
-    return CheckedShare(signed, private, shares, list(accumulate(weights)))
+    return CheckedShare(signed, private, shares, list(accumulate(weights)), version_of(document))
 
 
 def _share_digests(classes: Sequence[str], rows: ShareRows, salts: Sequence[bytes]) -> Iterator[Hash]:

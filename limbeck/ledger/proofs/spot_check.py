@@ -18,7 +18,14 @@ from limbeck.ledger.canonical import canonical, digest_bytes, digest_json
 from limbeck.ledger.merkle.fields import FIELDS, commit, encode, field_digest, fields_root, salts_of
 from limbeck.ledger.merkle.salts import SALT, Salts
 from limbeck.ledger.merkle.tree import Hash
-from limbeck.ledger.proofs.documents import OpenedRow, ShareDocument, SpotCheckDocument, document_bytes
+from limbeck.ledger.proofs.documents import (
+    OpenedRow,
+    ShareDocument,
+    SpotCheckDocument,
+    document_bytes,
+    form_of,
+    version_of,
+)
 from limbeck.ledger.proofs.share import CheckedShare, check_share
 from limbeck.ledger.raw_answers import RawAnswers
 from limbeck.ledger.sealing import parse_row, read_row, salts_for
@@ -57,6 +64,7 @@ def spot_check(run: Path, manifest: ShareDocument, seed: str, draws: int, *, raw
     salts = salts_for(sets[-1])
     rows = sorted(set(picks(checked.root.statement.root, seed, draws, checked.running)))
     return SpotCheckDocument(
+        form=form_of(SpotCheckDocument, version_of(manifest)),
         checkpoint=manifest.checkpoint,
         share=digest_bytes(document_bytes(manifest)),
         seed=seed,
@@ -67,7 +75,7 @@ def spot_check(run: Path, manifest: ShareDocument, seed: str, draws: int, *, raw
 
 def _opened(run: Path, row: int, salts: Salts, checked: CheckedShare, raw: bool) -> OpenedRow:
     found = read_row(run, row)
-    made = commit(salts, row, encode(parse_row(found))) if found else None
+    made = commit(salts, row, encode(parse_row(found)), checked.version) if found else None
     if found is None or made is None or made.private != checked.private[row]:
         remedy = "make the share anew, of this run, and see what `limbeck ledger verify` says"
         problem = Problem(f"row {row}", made.private.hex() if made else "nothing", checked.private[row].hex(), remedy)
@@ -101,6 +109,8 @@ def check_spot_check(document: SpotCheckDocument, manifest: ShareDocument, diges
     """
     if document.share != digest:
         raise ValueError(f"a spot-check of share {document.share}, not of {digest}; {_OTHER_SHARE}")
+    if version_of(document) != version_of(manifest):
+        raise ValueError(f"a spot-check of the form {document.form} of a share of the form {manifest.form}")
     if document.checkpoint != manifest.checkpoint:
         own, due = (digest_json(one.model_dump(mode="json")) for one in (document.checkpoint, manifest.checkpoint))
         raise ValueError(f"a spot-check at the checkpoint {own}, of a share at {due}; {_OTHER_SHARE}")
