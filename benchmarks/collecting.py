@@ -155,6 +155,9 @@ def _memory() -> float:
 
 
 def _collect(url: str, connections: int, requests: int) -> Pace:
+    import genai_prices  # noqa: F401 - imports are in nobody's figures
+
+    import limbeck.collect.endpoints.stage  # noqa: F401
     from limbeck.collect.collect import collect
     from limbeck.collect.prompts import gather
     from limbeck.progress import Progress

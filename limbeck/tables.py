@@ -10,13 +10,13 @@ import json
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from enum import StrEnum
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 import pyarrow as pa
@@ -81,15 +81,22 @@ class RecordFile(Generic[R]):
     """A Parquet file of records that is written as they come. A context manager; who makes it under a temporary name
     (`atomic`) has it whole or not at all.
 
-    Law: the bytes hang on the records and their order alone, not on when they came.
+    Law: the bytes hang on the records and their order alone, not on when they came. `dumpers` write the JSON text of
+    some columns faster than it is written here, and not otherwise.
     """
 
-    def __init__(self, path: str | os.PathLike[str], record: type[R]):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        record: type[R],
+        dumpers: Mapping[str, Callable[[Any], str]] = MappingProxyType({}),
+    ):
         self.rows = 0
         """Added so far."""
         self._schema, columns = schema(record), _columns(record)
         self._values = attrgetter(*columns)
-        self._texts = [(n, _dumper(record, name)) for n, (name, (_, text)) in enumerate(columns.items()) if text]
+        texts = [(n, name) for n, (name, (_, text)) in enumerate(columns.items()) if text]
+        self._texts = [(n, dumpers.get(name) or _dumper(record, name)) for n, name in texts]
         self._new: list[list[Any]] = []
         self._pieces: list[pa.Table] = []
         self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
@@ -106,7 +113,10 @@ class RecordFile(Generic[R]):
 
     def add(self, item: R) -> None:
         """Append a record."""
-        row = list(self._values(item))
+        self.add_values(list(self._values(item)))
+
+    def add_values(self, row: list[Any]) -> None:
+        """Append a record that was never made: the values of its fields in their order. The list is used up."""
         for n, dump in self._texts:
             if row[n] is not None:
                 row[n] = dump(row[n])

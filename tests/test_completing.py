@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 from asking import ask, file_of, made
+from hypothesis import given
+from hypothesis import strategies as st
 
 from limbeck.collect import completing
 from limbeck.collect.collect import collect
 from limbeck.collect.completing import Ahead
 from limbeck.collect.journal import Journal
-from limbeck.records import Completion
+from limbeck.records import Completion, Message
 from limbeck.rundir import RunDir
-from limbeck.tables import read_records
+from limbeck.tables import read_records, write_records
 from limbeck.testing import Faults, Server, ServerError, Settings, Truncated
 from limbeck.testing.faults import Delay, Fault, Withheld
 
@@ -33,6 +35,13 @@ def from_journal(recipe, run: Path, place: Path, monkeypatch: pytest.MonkeyPatch
         again.offline = True
         collect(recipe, again)
     return (place / "completions.parquet").read_bytes()
+
+
+def records_make_the_same(path: Path) -> None:
+    """Its rows, read as records, which checks every field, and written as records."""
+    again = path.with_name("again.parquet")
+    write_records(again, read_records(path, Completion), Completion)
+    assert again.read_bytes() == path.read_bytes()
 
 
 FAULTS: dict[str, tuple[Fault, ...]] = {
@@ -52,6 +61,43 @@ def test_the_file_hangs_on_the_answers_alone(tmp_path: Path, monkeypatch: pytest
         ask(recipe, tmp_path / "run")
     ahead = (tmp_path / "run" / "completions.parquet").read_bytes()
     assert ahead == from_journal(recipe, tmp_path / "run", tmp_path / "again", monkeypatch)
+    records_make_the_same(tmp_path / "run" / "completions.parquet")
+
+
+def test_rows_are_what_their_records_would_write(tmp_path: Path):
+    """Tools, calls, results, images and schemas too."""
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": '{"at": "é"}'}}
+    image = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
+    rows = [
+        {"prompt": 'A "quoted" line\n\t\u2028 \U0001f600 \x7f \\'},
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, image]}]},
+        {"prompt": "Look.", "tools": [tool]},
+        {"prompt": "Say it in JSON.", "json_schema": {"type": "object", "required": ["é"]}},
+        {
+            "messages": [
+                {"role": "user", "content": "Look."},
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "c", "content": "A cat."},
+            ],
+            "tools": [tool],
+        },
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with Server(Settings(words=20)) as server:
+        recipe = made(server.url, {"kind": "file", "path": str(path), "licence": "MIT"})
+        _, found = ask(recipe, tmp_path / "run")
+    assert len(found) == len(rows)
+    records_make_the_same(tmp_path / "run" / "completions.parquet")
+
+
+@given(st.lists(st.builds(Message, role=st.sampled_from(["system", "user", "assistant"]), content=st.text())))
+def test_messages_are_written_as_every_record_writes_them(messages):
+    assert completing._chat_text(tuple(messages)) == json.dumps(
+        [{"role": m.role, "content": m.content} for m in messages], ensure_ascii=False
+    )
 
 
 @pytest.mark.parametrize("busy", [0.0, 1e9], ids=["never to spare", "always to spare"])

@@ -151,5 +151,45 @@ def test_a_request_that_takes_too_long_is_given_up_and_its_connection_is_not_use
     assert server.connections == 2
 
 
+def test_answers_of_every_kind_come_over_one_connection_one_after_another():
+    kept = [answer for answer, closing in ANSWERS.values() if not closing]
+
+    async def in_turn(address: str) -> list[tuple[int, bytes]]:
+        async with Transport(address, HEADERS, 1, 5.0) as transport:
+            found = []
+            for server.answer in kept * 3:
+                reply = await transport.post(BODY, "k")
+                found.append((reply.status, reply.body))
+            return found
+
+    server = Scripted(b"")
+    found = asked(server, in_turn)
+    assert server.connections == 1
+    assert found == [asked(Scripted(answer), by_session) for answer in kept] * 3
+
+
+@pytest.mark.parametrize("begun", [b"", WHOLE[:30], WHOLE[:-5]], ids=["nothing", "half a head", "half a body"])
+def test_who_waits_too_long_on_a_used_connection_is_given_up_and_nobody_else(begun: bytes):
+    async def some_late(address: str) -> tuple[list[object], float]:
+        async with Transport(address, HEADERS, 8, 0.3) as transport:
+            await asyncio.gather(*(transport.post(BODY, "k") for _ in range(4)))
+            server.answer, started = begun, asyncio.get_running_loop().time()
+            late = [asyncio.create_task(transport.post(BODY, "k")) for _ in range(3)]
+            await asyncio.sleep(0.15)
+            server.answer = WHOLE
+            quick = [await transport.post(BODY, "k") for _ in range(5)]
+            ended = await asyncio.gather(*late, return_exceptions=True)
+            took = asyncio.get_running_loop().time() - started
+            quick += [await transport.post(BODY, "k") for _ in range(2)]
+            assert {reply.body for reply in quick} == {BODY}
+            return [getattr(error, "kind", error) for error in ended], took
+
+    server = Scripted(WHOLE)
+    kinds, took = asked(server, some_late)  # type: ignore[misc]
+    assert kinds == ["timeout"] * 3
+    assert 0.29 < took < 2
+    assert server.connections == 4
+
+
 def test_nobody_there_is_told_as_no_connection():
     assert asyncio.run(by_transport("http://127.0.0.1:9/v1")) == "connect"

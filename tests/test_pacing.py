@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
+import tracemalloc
 from collections import Counter, deque
 from collections.abc import Callable
 
@@ -224,3 +225,23 @@ def test_it_minds_what_flows_back_into_a_quota():
     pacer.told(0.0, 50.0)
     accepted = simulate(pacer, lambda _: None, 1.0)
     assert 45 <= len(accepted) <= 60
+
+
+def test_what_is_remembered_does_not_grow_with_the_number_of_requests():
+    pacer = Pacer(100)
+
+    def ask(first: int, last: int) -> None:
+        for n in range(first, last):
+            pacer.left(n / 1000, 1)
+            pacer.succeeded()
+
+    ask(0, 5_000)
+    tracemalloc.start()
+    try:
+        ask(5_000, 10_000)
+        before, _ = tracemalloc.get_traced_memory()
+        ask(10_000, 40_000)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after < before + 100_000  # 30,000 times kept would be a million bytes

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import JsonValue
 
-from limbeck.collect.completing import Ahead, Asked, Completing, asked_by, behind_endpoint
+from limbeck.collect.completing import Ahead, Asked, Completing, asked_by, behind_endpoint, completions_file
 from limbeck.collect.journal import Journal, held, journal_path
 from limbeck.collect.shards import merge_shards
 from limbeck.collect.teachers import Request, Teacher, Writing, make_teacher
 from limbeck.errors import PromptError
 from limbeck.progress import Line
 from limbeck.recipe import EndpointTeacher, Recipe
-from limbeck.records import Completion, Digest, Prompt
+from limbeck.records import Digest, Prompt
 from limbeck.rundir import RunDir, atomic
-from limbeck.tables import RecordFile, count_records, read_records
+from limbeck.tables import count_records, read_records
 from limbeck.terms.stage import refuse_before
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _STRETCH = 4096
 _STRETCH_SENT = 256
 """The same where requests are sent one by one: while they are made ready nothing else happens."""
 
-_COLLECTED = 50_000
+_COLLECTED = 200_000
 """Objects more than before, from which on the garbage collector looks."""
 
 _LISTED = 20
@@ -71,7 +71,7 @@ def collect(recipe: Recipe, run: RunDir, *, account: Digest | None = None) -> di
     with held(path), Journal(path) as journal, _rarely_collected():
         journal.close_open()
         merge_shards(journal)
-        with atomic(run / "completions.parquet") as half, RecordFile(half, Completion) as file:
+        with atomic(run / "completions.parquet") as half, completions_file(half) as file:
             completing = Completing(file, recipe, _account(teachers, recipe))
             ahead = Ahead(completing, journal)
             run.progress.begin(_beginning(recipe, total))

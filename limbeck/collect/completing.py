@@ -7,21 +7,24 @@ which of the two ways it was made.
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, NamedTuple
 
-from pydantic import JsonValue
+from pydantic import JsonValue, TypeAdapter
 from typing_extensions import TypeIs
 
 from limbeck.collect.contents import Wanted, mismatch
 from limbeck.collect.journal import Journal, Kept
 from limbeck.collect.teachers import Parsed, Request, Writing
 from limbeck.recipe import NO_ENDPOINT, Recipe
-from limbeck.records import Completion, Digest, Prompt
+from limbeck.records import Completion, Digest, Message, Prompt
 from limbeck.rundir import RunDir
 from limbeck.tables import RecordFile, count_records, read_records
 
@@ -39,6 +42,9 @@ _MADE = 512
 _BUSY = 0.9
 """Seconds of the processor in a second, from which on requests need all of its time: one core's, since Python's threads
 take turns."""
+
+
+_NOTHING = Wanted()
 
 
 class Asked(NamedTuple):
@@ -73,12 +79,16 @@ class Completing:
 
     def __init__(self, file: RecordFile[Completion], recipe: Recipe, account: Account | None):
         self._file, self._settings, self.totals = file, recipe.collect, Totals(account)
+        self._own = bool(recipe.collect.tools) or recipe.collect.json_schema is not None
+        """Whether the recipe has tools or a schema."""
 
     def add(self, asked: Asked, parsed: Parsed, kept: Kept, batch: str | None) -> None:
         """Append the completion that this answer makes."""
-        completion = _completion(asked, parsed, kept, batch, self._wanted(asked))
-        self.totals.count(completion)
-        self._file.add(completion)
+        wanted = self._wanted(asked)
+        schema = wanted.json_schema
+        differs = mismatch(parsed.text, schema) if schema is not None and parsed.finish_reason == "stop" else None
+        self.totals.count(asked.teacher.identity.name, parsed, batch, differs)
+        self._file.add_values(_values(asked, parsed, kept, batch, wanted, differs))
 
     def add_journaled(self, group: Sequence[Asked], journal: Journal) -> Iterator[Asked]:
         """Append those of a few hundred requests that were answered; gives them in turn."""
@@ -98,11 +108,13 @@ class Completing:
                 pass
 
     def _wanted(self, asked: Asked) -> Wanted:
-        if not behind_endpoint(asked.teacher):
-            return Wanted()
+        prompt = asked.prompt
+        own = self._own or prompt.tools is not None or prompt.json_schema is not None
+        if not own or not behind_endpoint(asked.teacher):
+            return _NOTHING
         from limbeck.collect.endpoints.teacher import wanted
 
-        return wanted(asked.prompt, self._settings)
+        return wanted(prompt, self._settings)
 
 
 class Ahead:
@@ -200,34 +212,54 @@ class _Spare:
         return spare
 
 
-def _completion(asked: Asked, parsed: Parsed, kept: Kept, batch: str | None, wanted: Wanted) -> Completion:
-    prompt, who, schema = asked.prompt, asked.teacher.identity, wanted.json_schema
-    whole = parsed.finish_reason == "stop"
-    return Completion(
-        prompt_id=prompt.id,
-        sample=asked.sample,
-        messages=prompt.messages,
-        text=parsed.text,
-        reasoning=parsed.reasoning,
-        finish_reason=parsed.finish_reason,
-        model=parsed.model,
-        teacher=who.name,
-        provider=who.provider,
-        route=who.route,
-        weights=who.weights,
-        terms=who.terms,
-        prompt_tokens=parsed.prompt_tokens,
-        completion_tokens=parsed.completion_tokens,
-        created=kept.created,
-        request_id=asked.request.key,
-        response=kept.response,
-        split=prompt.split,
-        batch=batch,
-        tools=wanted.tools,
-        tool_calls=parsed.tool_calls or None,
-        json_schema=schema,
-        mismatch=mismatch(parsed.text, schema) if schema is not None and whole else None,
-    )
+def completions_file(path: str | os.PathLike[str]) -> RecordFile[Completion]:
+    """A file of completions, for `Completing`."""
+    return RecordFile(path, Completion, {"messages": _chat_text})
+
+
+def _values(
+    asked: Asked, parsed: Parsed, kept: Kept, batch: str | None, wanted: Wanted, differs: str | None
+) -> list[object]:
+    """The fields of `Completion`, in their order. No record is made of them: what is written here was checked where it
+    came from, and checking it again took two fifths of a row's time.
+    """
+    prompt, who = asked.prompt, asked.teacher.identity
+    return [
+        prompt.id,
+        asked.sample,
+        prompt.messages,
+        parsed.text,
+        parsed.reasoning,
+        parsed.finish_reason,
+        parsed.model,
+        who.name,
+        who.provider,
+        who.route,
+        who.weights,
+        who.terms,
+        parsed.prompt_tokens,
+        parsed.completion_tokens,
+        kept.created,
+        asked.request.key,
+        kept.response,
+        prompt.split,
+        batch,
+        wanted.tools,
+        parsed.tool_calls or None,
+        wanted.json_schema,
+        differs,
+    ]
+
+
+_dump_chat = TypeAdapter(tuple[Message, ...]).dump_python
+
+
+def _chat_text(messages: tuple[Message, ...]) -> str:
+    """The JSON text of messages, as `limbeck.tables` writes it."""
+    if any(m.parts is not None or m.tool_calls is not None or m.tool_call_id is not None for m in messages):
+        return json.dumps(_dump_chat(messages), ensure_ascii=False)
+    said = [f'{{"role": "{m.role}", "content": {encode_basestring(m.content)}}}' for m in messages]
+    return f"[{', '.join(said)}]"
 
 
 @dataclass
@@ -240,16 +272,15 @@ class Totals:
     finish_reasons: Counter[str] = field(default_factory=Counter)
     by_teacher: Counter[str] = field(default_factory=Counter)
 
-    def count(self, completion: Completion) -> None:
-        """Count one."""
-        self.prompt_tokens += completion.prompt_tokens
-        self.completion_tokens += completion.completion_tokens
-        self.finish_reasons[completion.finish_reason] += 1
-        self.by_teacher[completion.teacher] += completion.completion_tokens
-        tokens = completion.prompt_tokens, completion.completion_tokens
+    def count(self, teacher: str, parsed: Parsed, batch: str | None, differs: str | None) -> None:
+        """Count one; `differs` says how it is not what its schema asks for."""
+        tokens = parsed.prompt_tokens, parsed.completion_tokens
+        self.prompt_tokens += tokens[0]
+        self.completion_tokens += tokens[1]
+        self.finish_reasons[parsed.finish_reason] += 1
+        self.by_teacher[teacher] += tokens[1]
         if self.account is not None:
-            fate = completion.finish_reason if completion.mismatch is None else "schema"
-            self.account.add(completion.teacher, fate, *tokens, completion.batch)
+            self.account.add(teacher, parsed.finish_reason if differs is None else "schema", *tokens, batch)
 
     def facts(self) -> dict[str, JsonValue]:
         """For the ledger."""

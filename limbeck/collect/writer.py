@@ -38,9 +38,9 @@ class _Entry(NamedTuple):
 class Writer:
     """Writes from its own thread through its own connection. An async context manager.
 
-    Laws: entries are committed in the order in which they came; what `begin` awaited is on the disk; leaving the
-    context returns after everything was committed. A failure of the journal (a full disk) is raised by every later
-    `begin` and on leaving.
+    Laws: entries are committed in the order in which they came; what `begin` gives is done when it is on the disk;
+    leaving the context returns after everything was committed. A failure of the journal (a full disk) is raised by
+    every later `begin`, when it is awaited, and on leaving.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -62,13 +62,14 @@ class Writer:
         if self._failed is not None:
             raise self._failed
 
-    async def begin(self, sent: Sent) -> None:
-        """Returns when it is on the disk that this request is about to leave."""
-        if self._failed is not None:
-            raise self._failed
+    def begin(self, sent: Sent) -> asyncio.Future[None]:
+        """Done when it is on the disk that this request is about to leave."""
         done: asyncio.Future[None] = self._loop.create_future()
+        if self._failed is not None:
+            done.set_exception(self._failed)
+            return done
         self._put(_Entry(sent, None, None, partial(_resolve, done)))
-        await done
+        return done
 
     def end(self, ended: Ended, answer: Answer | None) -> asyncio.Future[None]:
         """Note what became of a request; the future is done when it is on the disk."""

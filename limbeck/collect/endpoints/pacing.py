@@ -90,7 +90,10 @@ class LearnedRate:
     def left(self, now: float) -> None:
         """One leaves."""
         self._began = min(self._began, now)
-        self._sent.append(self._active(now))
+        at = self._active(now)
+        self._sent.append(at)
+        while self._sent[0] < at - _WINDOW:  # an endpoint that refuses nothing would have all of them kept
+            self._sent.popleft()
         self._sent_since += 1
         rate = self.rate(now)
         if rate < math.inf:

@@ -242,8 +242,9 @@ class Sender:
     async def _reply(self, job: Job, number: int, held: int, started: float, reply: Reply) -> None:
         self._reached = True
         body, found = scrub(reply.body, self._key), fate(reply.status, reply.body)
-        wait, said = retry_after(reply.headers), f"http {reply.status}"
-        if found in (Fate.ANSWER, Fate.ABOUT_PROMPT):
+        kept, said = found is Fate.ANSWER or found is Fate.ABOUT_PROMPT, f"http {reply.status}"
+        wait = None if kept else retry_after(reply.headers)
+        if kept:
             await self._data(job, number, held, body, found, said)
             self._mind(reply, job)
         elif found is Fate.TOO_MANY:

@@ -38,6 +38,10 @@ _TOOL_MARKS = (b'"tools":[', b'"json_schema"')
 """What only a request's own keys look like: quotes inside of texts are escaped."""
 
 
+_EXACT = 2**53
+"""Integers from here on are not exact in JSON."""
+
+
 class Bound(NamedTuple):
     """The most that a request can be billed for, in tokens."""
 
@@ -75,12 +79,15 @@ def _prepared(value: JsonValue) -> object:
     if kind is dict:
         if not "".join(value).isascii():  # type: ignore[arg-type]
             raise ValueError
-        return {key: inner if type(inner) is str else _prepared(inner) for key, inner in value.items()}  # type: ignore[union-attr]
+        return {
+            key: inner if type(inner) is str or (type(inner) is int and -_EXACT < inner < _EXACT) else _prepared(inner)
+            for key, inner in value.items()  # type: ignore[union-attr]
+        }
     if kind is list:
         return [inner if type(inner) is str else _prepared(inner) for inner in value]  # type: ignore[union-attr]
     if kind is float:
         return orjson.Fragment(_float(value))  # type: ignore[arg-type]
-    if kind is int and abs(value) >= 2**53:  # type: ignore[arg-type, operator]
+    if kind is int and abs(value) >= _EXACT:  # type: ignore[arg-type, operator]
         raise ValueError
     return value
 

@@ -8,10 +8,12 @@ import socket
 import ssl
 import urllib.request
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import aiohttp
+from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 from aiohttp.http import HttpProcessingError
 from yarl import URL
@@ -53,6 +55,21 @@ class NoReplyError(Exception):
         return self.kind != "connect"
 
 
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """A request that was sent and not answered."""
+
+    due: float
+    protocol: ResponseHandler
+    content: aiohttp.StreamReader | None = None
+
+    def give_up(self) -> None:
+        """Have whoever waits for it get a `TimeoutError`."""
+        self.protocol.set_exception(TimeoutError())
+        if self.content is not None:
+            self.content.set_exception(TimeoutError())
+
+
 class Transport:
     """Connections to one address. An async context manager.
 
@@ -68,6 +85,10 @@ class Transport:
         self._proxy = proxy_of(address)
         self._kept: list[tuple[Connection, float]] = []
         """Open and unused, with the time since when; the last is used first."""
+        self._waiting: dict[_Waiting, None] = {}
+        """Requests without an answer, in the order in which they are due, but for those that first had to connect."""
+        self._timer: asyncio.TimerHandle | None = None
+        """One for all: each request has the same time, and most of them never need it."""
 
     async def __aenter__(self) -> Transport:
         self._loop = asyncio.get_running_loop()
@@ -86,6 +107,8 @@ class Transport:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         for connection, _since in self._kept:
             connection.close()
         await self._session.close()
@@ -95,9 +118,11 @@ class Transport:
         try:
             if self._proxy is not None or not _KNOWN:
                 return await self._through_session(body, idempotency_key)
-            async with asyncio.timeout(self._seconds):
-                connection = self._unused() or await self._connect()
-                return await self._over(connection, body, idempotency_key)
+            due = self._loop.time() + self._seconds
+            if (connection := self._unused()) is not None:
+                return await self._over(connection, body, idempotency_key, due)
+            async with asyncio.timeout_at(due):
+                return await self._over(await self._connect(), body, idempotency_key, due)
         except aiohttp.ConnectionTimeoutError as error:
             raise NoReplyError("connect", f"no connection within {_CONNECT:.0f} s") from error
         except TimeoutError as error:
@@ -109,11 +134,14 @@ class Transport:
 
     async def _connect(self) -> Connection:
         try:
-            return await self._connector.connect(self._asked, [], self._timeout)
+            connection = await self._connector.connect(self._asked, [], self._timeout)
         except aiohttp.ClientError:
             raise
         except TimeoutError as error:
             raise aiohttp.ConnectionTimeoutError from error
+        if connection.protocol is not None:  # one parser for all answers that come over it
+            connection.protocol.set_response_params(read_until_eof=True)
+        return connection
 
     def _unused(self) -> Connection | None:
         """An open connection, if there is one; those that the other side closed or may be about to are let go."""
@@ -124,27 +152,45 @@ class Transport:
             connection.close()
         return None
 
-    async def _over(self, connection: Connection, body: bytes, idempotency_key: str) -> Reply:
+    async def _over(self, connection: Connection, body: bytes, idempotency_key: str, due: float) -> Reply:
         protocol, wire = connection.protocol, connection.transport
         if protocol is None or wire is None:
+            connection.close()
             raise aiohttp.ServerDisconnectedError
-        whole = False
+        whole, waiting = False, _Waiting(due, protocol)
+        self._waiting[waiting] = None
+        if self._timer is None:
+            self._timer = self._loop.call_at(due, self._end_overdue)
         try:
-            protocol.set_response_params(read_until_eof=True)
             wire.write(
                 b"%b%d\r\nIdempotency-Key: %b\r\n\r\n%b" % (self._head, len(body), idempotency_key.encode(), body)
             )
             message, content = await protocol.read()
             while message.code < 200:  # 1xx: the answer is yet to come
                 message, content = await protocol.read()
+            waiting.content = content
+            if waiting not in self._waiting:  # it was given up while its head was on the way to us
+                raise TimeoutError
             reply = Reply(message.code, message.headers, await content.read())
             whole = not protocol.should_close
             return reply
         finally:
+            self._waiting.pop(waiting, None)
             if whole:
                 self._kept.append((connection, self._loop.time()))
             else:
                 connection.close()
+
+    def _end_overdue(self) -> None:
+        """Give up those who waited too long, and come back when the next one will have."""
+        now, self._timer = self._loop.time(), None
+        while self._waiting:
+            waiting = next(iter(self._waiting))
+            if waiting.due > now:
+                self._timer = self._loop.call_at(waiting.due, self._end_overdue)
+                return
+            del self._waiting[waiting]
+            waiting.give_up()
 
     async def _through_session(self, body: bytes, idempotency_key: str) -> Reply:
         async with self._session.post(
