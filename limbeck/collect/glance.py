@@ -8,8 +8,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from limbeck.collect.journal import KILLED, OUTCOMES
+from limbeck.collect.journal import KILLED, OUTCOMES, journal_path
+from limbeck.recipe import NO_ENDPOINT, Recipe
 from limbeck.records import Digest
+from limbeck.rundir import RunDir
+
+_MAYBE_BILLED = ("http 408", "http 504")
+"""Statuses of requests that came to nothing, and may have been worked on."""
 
 
 class Glance(NamedTuple):
@@ -21,6 +26,27 @@ class Glance(NamedTuple):
     """Sent for one account, by outcome; those under way are among the killed."""
     cost: int
     """Picodollars that the requests of this account cost, or may have cost at most."""
+
+
+def collected(run: RunDir, recipe: Recipe) -> str:
+    """What was collected by the recipe that lies in RUN, or may have been billed or be under way, in words; empty where
+    nothing was. Requests that came nowhere or were refused count for nothing.
+    """
+    path = journal_path(recipe, run)
+    if not path.exists():
+        return ""
+    if (seen := glance(path, recipe.account)) is None:
+        return f"what was collected, {path} does not tell"
+    came = {
+        outcome: count
+        for outcome, count in seen.requests.items()
+        if outcome not in ("connect", "not sent") and (not outcome.startswith("http ") or outcome in _MAYBE_BILLED)
+    }
+    told = [f"requests {outcome}: {count:,}" for outcome, count in sorted(came.items())]
+    here = any(teacher.kind in NO_ENDPOINT for teacher in recipe.teachers)
+    if here and seen.answers and path == run / "journal.db":  # such answers are no requests that were sent
+        told.append(f"answers: {seen.answers:,}")
+    return f"what it collected is in {path} ({', '.join(told)})" if told else ""
 
 
 def glance(path: str | os.PathLike[str], account: Digest) -> Glance | None:
