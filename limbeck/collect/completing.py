@@ -249,7 +249,7 @@ class Totals:
         tokens = completion.prompt_tokens, completion.completion_tokens
         if self.account is not None:
             fate = completion.finish_reason if completion.mismatch is None else "schema"
-            self.account.add(completion.teacher, fate, *tokens, completion.batch)
+            self.account.add(completion.teacher, fate, *tokens, completion.batch, completion.request_id)
 
     def facts(self) -> dict[str, JsonValue]:
         """For the ledger."""

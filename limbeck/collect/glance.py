@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from limbeck.collect.journal import KILLED, OUTCOMES, journal_path
+from limbeck.collect.journal_sums import Outcomes
 from limbeck.recipe import NO_ENDPOINT, Recipe
 from limbeck.records import Digest
 from limbeck.rundir import RunDir
@@ -22,10 +23,13 @@ class Glance(NamedTuple):
 
     answers: int
     """In the journal, whoever asked for them."""
-    requests: dict[str, int]
-    """Sent for one account, by outcome; those under way are among the killed."""
-    cost: int
-    """Picodollars that the requests of this account cost, or may have cost at most."""
+    outcomes: dict[str, Outcomes]
+    """Of requests sent for one account; those under way are among the killed, at the most that they can cost."""
+
+    @property
+    def cost(self) -> int:
+        """Picodollars that the requests of this account cost, or may have cost at most."""
+        return sum(one.cost for one in self.outcomes.values())
 
 
 def collected(run: RunDir, recipe: Recipe) -> str:
@@ -38,8 +42,8 @@ def collected(run: RunDir, recipe: Recipe) -> str:
     if (seen := glance(path, recipe.account)) is None:
         return f"what was collected, {path} does not tell"
     came = {
-        outcome: count
-        for outcome, count in seen.requests.items()
+        outcome: one.requests
+        for outcome, one in seen.outcomes.items()
         if outcome not in ("connect", "not sent") and (not outcome.startswith("http ") or outcome in _MAYBE_BILLED)
     }
     told = [f"requests {outcome}: {count:,}" for outcome, count in sorted(came.items())]
@@ -63,4 +67,4 @@ def glance(path: str | os.PathLike[str], account: Digest) -> Glance | None:
             rows = db.execute(OUTCOMES, (KILLED, account)).fetchall()
     except sqlite3.DatabaseError:
         return None
-    return Glance(answers, {outcome: count for outcome, count, _ in rows}, sum(cost for _, _, cost in rows))
+    return Glance(answers, {outcome: Outcomes(requests, cost) for outcome, requests, cost in rows})
