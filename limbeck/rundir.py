@@ -237,17 +237,12 @@ def _hold(lock, root: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        raise RunDirError(
-            "the RUN directory is in use",
-            [
-                Problem(
-                    str(root),
-                    f"held by process {lock.read().strip() or 'unknown'}",
-                    "no other process",
-                    "wait for it, or stop it, or use another --out",
-                ),
-            ],
-        ) from None
+        found = f"held by process {lock.read().strip() or 'unknown'}, which works on it"
+        remedy = (
+            "wait until it has ended, or stop it; then run the same command again; `limbeck show` says how far it is"
+        )
+        problem = Problem(str(root), found, "no other process", remedy)
+        raise RunDirError("the RUN directory is in use", [problem]) from None
     lock.seek(0)
     lock.truncate()
     lock.write(str(os.getpid()))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import time
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -281,6 +284,31 @@ def test_a_run_that_lost_its_ledger_is_not_taken_for_a_new_one(tmp_path: Path):
         open_run(out, made("http://b.invalid", file_of(tmp_path, 4))),
     ):
         pass
+
+
+def test_a_run_in_use_names_who_holds_it_and_says_to_wait(tmp_path: Path):
+    """Another --out would pay for the same answers again; it is not what is told."""
+    with Server(Settings(words=8)) as server:
+        recipe, out = written(tmp_path, server.url), tmp_path / "run"
+        code = (
+            "import os, sys; from pathlib import Path; from limbeck.recipe_file import load_recipe; "
+            "from limbeck.rundir import open_run\n"
+            "with open_run(sys.argv[2], load_recipe(Path(sys.argv[1]))):\n"
+            "    print(os.getpid(), flush=True); sys.stdin.read()"
+        )
+        holder = subprocess.Popen([sys.executable, "-c", code, str(recipe), str(out)], stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE, text=True,
+                                  env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
+        assert holder.stdout is not None
+        pid = int(holder.stdout.readline())
+        refused = call("collect", recipe, "--out", out)
+        assert refused.exit_code == 2
+        assert f"held by process {pid}," in refused.stderr
+        assert "wait until it has ended" in refused.stderr
+        assert "--out" not in refused.stderr
+        holder.communicate("", timeout=30)
+        assert call("collect", recipe, "--out", out).exit_code == 0
+        assert server.bill.requests == 16
 
 
 # The cap
