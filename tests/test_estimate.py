@@ -79,7 +79,8 @@ def test_a_pilot_buys_no_answers_with_tools_that_no_template_says(tmp_path: Path
         with open(source["path"], "a", encoding="utf-8") as file:
             file.write(json.dumps({"prompt": "And the weather?", "tools": [tool]}) + "\n")
     with Server(SERVED) as server:
-        recipe = made(server.url, source, teacher=PRICED, **({"tools": [tool]} if asks == "recipe" else {}))
+        more: dict[str, Any] = {"tools": [tool]} if asks == "recipe" else {}
+        recipe = made(server.url, source, teacher=PRICED, **more)
         recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update={"model": student})})
         with pytest.raises(ModelError, match="paid for and then dropped"):
             estimate(recipe, pilot=2, journal=tmp_path / "run" / "journal.db")

@@ -238,7 +238,7 @@ def _gate_rows(result: Standing) -> list[tuple[str, ...]]:
 
 
 def _collecting_rows(told: Collecting) -> list[tuple[str, ...]]:
-    rows = [("not all collected", "answers", f"{told.answers:,} in {told.journal}")]
+    rows: list[tuple[str, ...]] = [("not all collected", "answers", f"{told.answers:,} in {told.journal}")]
     rows += [("", f"requests: {outcome}", f"{count:,}") for outcome, count in sorted(told.requests.items())]
     if told.requests:
         rows.append(("", "US dollars at most", _dollars(told.spent_dollars)))

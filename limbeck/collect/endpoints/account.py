@@ -83,7 +83,8 @@ class Account:
         if not self.prices:
             return {}
         lost = lost_of(outcomes)
-        wasted = wasted_by(lost) | {
+        wasted = wasted_by(lost)
+        wasted |= {
             name: {"answers": count, "dollars": dollars(self.money[name])}
             for name, count in sorted(self.requests.items())
         }
