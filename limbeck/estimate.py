@@ -26,6 +26,7 @@ from limbeck.collect.endpoints.prices import Prices, batch_prices_of, dollars, p
 from limbeck.collect.files import iter_file_prompts
 from limbeck.collect.journal import Journal
 from limbeck.collect.teachers import make_teacher
+from limbeck.curate.tools import refuse_tools
 from limbeck.errors import InputError, Problem
 from limbeck.estimate_written import Figure, written_figures
 from limbeck.evaluate.statistics import ratio_interval
@@ -77,7 +78,8 @@ def estimate(
     or where the recipe's `collect.journal` says.
 
     Raises:
-        InputError: wrong prompts; or a pilot without a place for its answers, or larger than the prompts.
+        InputError: wrong prompts; or a pilot without a place for its answers, or larger than the prompts, or whose
+            answers with tools no template could say.
         RefusedError, EndpointError: the pilot came upon the cap, or upon an endpoint that does not answer.
     """
     chosen_teachers = [t for t in recipe.teachers if t.kind not in NO_ENDPOINT]  # others load what is not needed here
@@ -93,6 +95,8 @@ def estimate(
     if pilot:
         refuse_before(recipe)
         _refuse_pilot(recipe, pilot, len(chosen), path)
+        if recipe.collect.tools or any(_calls_for_tools(prompt) for prompt in _prompts(recipe)):
+            refuse_tools(recipe)
     count = sum(1 for _ in _prompts(recipe))
     own = sum(source.count for source in recipe.prompts if not isinstance(source, FilePrompts | DatasetPrompts))
     measured = {}
@@ -132,6 +136,10 @@ def _prompts(recipe: Recipe) -> Iterator[Prompt]:
             seen.add(row.id)
             where = {"source": source.name, "licence": source.licence}
             yield Prompt(id=row.id, messages=row.messages, split=Split.TRAIN, **where, **row.wanted._asdict())
+
+
+def _calls_for_tools(prompt: Prompt) -> bool:
+    return bool(prompt.tools) or any(message.tool_calls for message in prompt.messages)
 
 
 def _chosen(recipe: Recipe, pilot: int) -> list[Prompt]:

@@ -146,6 +146,7 @@ def run(
         EndpointError: an endpoint left prompts without an answer; what was answered is kept.
         DiskFullError: no room; what was finished is kept.
     """
+    from limbeck.collect.glance import collected
     from limbeck.collect.journal import journal_path
     from limbeck.errors import InputError, Problem
     from limbeck.ledger.signing.checkpoints import sign_if_due
@@ -160,13 +161,13 @@ def run(
     if not ranks.first():
         ranks.follow(partial(_together, recipe, out))
         return open_result(out)
-    refuse_unfit(out, recipe)
+    refuse_unfit(out, recipe, collected)
     sources = preflight(
         recipe,
         answered=offline or (Path(out) / "completions.parquet").exists(),
         unasked=not offline and not journal_path(recipe, RunDir(out)).exists(),
     )
-    with open_run(out, recipe, progress) as held, Ledger(held / "ledger.db") as ledger:
+    with open_run(out, recipe, progress, collected) as held, Ledger(held / "ledger.db") as ledger:
         held.offline = offline
         for place, stage in enumerate(STAGES):
             _advance(stage, recipe, held, ledger, sources)

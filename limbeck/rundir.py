@@ -24,7 +24,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,8 +40,17 @@ if TYPE_CHECKING:
 _HALF = ".half"
 """Suffix of a file or directory that is still being written."""
 
-_BEFORE_AN_ENTRY = (".", "journal.db", "ledger.db", "recipe.yaml", "prompts.parquet")
-"""How the names begin that can lie in RUN before its ledger has an entry."""
+_BEFORE_COLLECTED = (".", "journal.db", "ledger.db", "recipe.yaml", "prompts.parquet")
+"""How the names begin that can lie in RUN before the stage `collect` has an entry."""
+
+Collected = Callable[["RunDir", "Recipe"], str]
+"""What was collected in RUN by the recipe that lies there, or may be under way, in words; empty where nothing was."""
+
+
+_WHOSE = ("base_url", "teacher.model")
+"""How keys of the recipe end without which an answer is another's."""
+_SHOWN = 4
+"""Differences that are shown of a recipe that gave way."""
 
 
 @contextmanager
@@ -126,9 +135,12 @@ class RunDir:
 
 
 @contextmanager
-def open_run(root: str | os.PathLike[str], recipe: Recipe, progress: Progress | None = None) -> Iterator[RunDir]:
+def open_run(
+    root: str | os.PathLike[str], recipe: Recipe, progress: Progress | None = None, collected: Collected | None = None
+) -> Iterator[RunDir]:
     """Hold a RUN directory for writing: make it if it is not there, refuse it if another recipe made it or another
-    process holds it. Where the ledger has no entry yet, nothing was made: another recipe takes its place, and the
+    process holds it. Where the ledger has no entry yet, or `collected` knows of nothing and no entry is of more than
+    the prompts, nothing rests on the recipe there: this one takes its place, with a ledger that begins anew, and the
     journal stays. The hold ends with the process, however it ends.
 
     Raises:
@@ -139,16 +151,17 @@ def open_run(root: str | os.PathLike[str], recipe: Recipe, progress: Progress | 
     run.root.mkdir(parents=True, exist_ok=True)
     with open(run / ".lock", "a+", encoding="utf-8") as lock:
         _hold(lock, run.root)
-        if (run / "recipe.yaml").exists() and not _unbegun(run):
-            _refuse_other_recipe(run, recipe)
-        else:
+        if _gives_way(run, recipe, collected):
+            # The ledger first: whatever a kill leaves, no entry names another recipe than the one that lies there.
+            for name in ("ledger.db-journal", "ledger.db"):
+                (run / name).unlink(missing_ok=True)
             text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
             with atomic(run / "recipe.yaml") as half:
                 half.write_text(text, encoding="utf-8")
         yield run
 
 
-def refuse_unfit(root: str | os.PathLike[str], recipe: Recipe) -> None:
+def refuse_unfit(root: str | os.PathLike[str], recipe: Recipe, collected: Collected | None = None) -> None:
     """Refuse what `open_run` would refuse, but for a process that holds it, before anything is fetched for the run.
 
     Raises:
@@ -156,15 +169,45 @@ def refuse_unfit(root: str | os.PathLike[str], recipe: Recipe) -> None:
     """
     run = RunDir(root)
     _refuse_foreign(run.root)
-    if (run / "recipe.yaml").exists() and not _unbegun(run):
-        _refuse_other_recipe(run, recipe)
+    if run.root.is_dir():
+        _gives_way(run, recipe, collected)
 
 
-def _unbegun(run: RunDir) -> bool:
-    """Whether no stage has left an entry, nor a later one its files: a RUN that lost its ledger was begun."""
-    from limbeck.ledger.store import is_empty
+def _gives_way(run: RunDir, recipe: Recipe, collected: Collected | None) -> bool:
+    """Whether this recipe takes the place of what lies in RUN; False where it made that. Raises `RunDirError` where
+    another one did, and something rests on it.
+    """
+    if not (run / "recipe.yaml").exists():
+        return True
+    stages = _stages(run)
+    if stages == set():
+        return True
+    there = run.recipe()
+    if not (differ := differences(there.model_dump(mode="json"), recipe.model_dump(mode="json"))):
+        return False
+    told = collected(run, there) if collected is not None else ""
+    if stages != {"prompts"} or collected is None or told:
+        raise _other_recipe(run, differ, told)
+    shown = "; ".join(f"{key} was {was}, is {now}" for key, was, now in differ[:_SHOWN])
+    more = f"; and {len(differ) - _SHOWN} more" if len(differ) > _SHOWN else ""
+    said = f"{run.root}: nothing was collected by the recipe that lay there; this one takes its place: {shown}{more}"
+    run.progress.begin(said)
+    run.progress.say(said)
+    return True
 
-    return all(path.name.startswith(_BEFORE_AN_ENTRY) for path in run.root.iterdir()) and is_empty(run / "ledger.db")
+
+def _stages(run: RunDir) -> set[str] | None:
+    """Stages that have left an entry; None where a later one than the first left files: a RUN that lost its ledger was
+    begun.
+    """
+    from limbeck.ledger.store import Ledger, is_empty
+
+    if not all(path.name.startswith(_BEFORE_COLLECTED) for path in run.root.iterdir()):
+        return None
+    if is_empty(run / "ledger.db"):
+        return set()
+    with Ledger(run / "ledger.db", read_only=True) as ledger:
+        return {entry.stage for entry in ledger.entries()}
 
 
 def _refuse_foreign(root: Path) -> None:
@@ -194,35 +237,32 @@ def _hold(lock, root: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        raise RunDirError(
-            "the RUN directory is in use",
-            [
-                Problem(
-                    str(root),
-                    f"held by process {lock.read().strip() or 'unknown'}",
-                    "no other process",
-                    "wait for it, or stop it, or use another --out",
-                ),
-            ],
-        ) from None
+        found = f"held by process {lock.read().strip() or 'unknown'}, which works on it"
+        remedy = (
+            "wait until it has ended, or stop it; then run the same command again; `limbeck show` says how far it is"
+        )
+        problem = Problem(str(root), found, "no other process", remedy)
+        raise RunDirError("the RUN directory is in use", [problem]) from None
     lock.seek(0)
     lock.truncate()
     lock.write(str(os.getpid()))
     lock.flush()
 
 
-def _refuse_other_recipe(run: RunDir, recipe: Recipe) -> None:
-    there, here = run.recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
+def _other_recipe(run: RunDir, differ: list[tuple[str, str, str]], told: str) -> RunDirError:
     remedy = (
         "use the recipe that made this one, or another --out; journal.db* may be copied there, so nothing is paid twice"
     )
+    elsewhere = (
+        "use the recipe that made this one, or another --out; answers of another address or model are others, and none "
+        "of those in the journal counts for it"
+    )
     problems = [
-        Problem(f"{run / 'recipe.yaml'}: {key}", was, now, remedy) for key, was, now in differences(there, here)
+        Problem(f"{run / 'recipe.yaml'}: {key}", was, now, elsewhere if key.endswith(_WHOSE) else remedy)
+        for key, was, now in differ
     ]
-    if problems:
-        raise RunDirError(
-            "the RUN directory was made by another recipe (found: there, expected: this recipe)", problems
-        )
+    summary = "the RUN directory was made by another recipe (found: there, expected: this recipe)"
+    return RunDirError(f"{summary}; {told}" if told else summary, problems)
 
 
 def differences(there: object, here: object, key: str = "") -> list[tuple[str, str, str]]:

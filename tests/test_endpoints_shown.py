@@ -12,11 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
+import yaml
 from asking import ask, file_of, made
+from command import call
 
 from limbeck.cli.show import as_text, standing
 from limbeck.collect.collect import collect
 from limbeck.collect.endpoints.account import by_kind
+from limbeck.collect.journal import Journal
 from limbeck.collect.prompts import gather
 from limbeck.ledger.canonical import digest_path
 from limbeck.ledger.store import Ledger
@@ -127,6 +131,14 @@ def test_what_was_wasted_is_summed_by_kind_and_shown(tmp_path: Path, monkeypatch
         total = sum(one["dollars_at_most"] for one in waste.values())
         assert total == pytest.approx(facts["money"]["wasted_dollars"], abs=1e-12)
         assert waste == by_kind(wasted)
+        # Nobody said what the unparsable answer cost: the journal counts the most, and so does the waste.
+        with Journal(root / "journal.db") as journal:
+            (unread,) = [row for row in rows if row.finish_reason == "malformed"]
+            assert journal.costs([unread.request_id]) == {
+                unread.request_id: round(waste["unparsable"]["dollars_at_most"] * 1e12)
+            }
+        assert waste["unparsable"]["dollars_at_most"] > waste["truncations"]["dollars_at_most"] > 0
+        assert facts["money"]["kept_cut_off"] == {"answers": 0, "dollars": 0}
         assert "cut off, refused" in facts["money"]["waste_is"]
         keeping = recipe.model_copy(update={"curate": recipe.curate.model_copy(update={"cut_off": "keep"})})
         (tmp_path / "kept").mkdir()
@@ -140,6 +152,8 @@ def test_what_was_wasted_is_summed_by_kind_and_shown(tmp_path: Path, monkeypatch
         total = sum(one["dollars_at_most"] for one in answers.values())
         assert 0 < kept["money"]["wasted_dollars"] == pytest.approx(total, abs=1e-12)
         assert "cut off are kept" in kept["money"]["waste_is"]
+        # Told apart from what was lost, at what it cost.
+        assert kept["money"]["kept_cut_off"] == {"answers": 1, "dollars": waste["truncations"]["dollars_at_most"]}
     from datetime import UTC, datetime
 
     with Ledger(root / "ledger.db") as ledger:
@@ -152,3 +166,27 @@ def test_what_was_wasted_is_summed_by_kind_and_shown(tmp_path: Path, monkeypatch
     for kind in ("spent", "wasted: retries", "wasted: time-outs", "wasted: truncations", "wasted: unparsable"):
         assert kind in text
     assert f"{facts['money']['spent_dollars']:.6f}" in text
+    assert "cut off, and kept" not in text
+
+
+@pytest.mark.parametrize("priced", [True, False])
+def test_a_report_tells_waste_by_kind_and_answers_that_are_kept_apart(tmp_path: Path, priced: bool):
+    """Without prices too, then without money."""
+    student = str(tiny.save(tmp_path / "student", layers=1))
+    faults = (Truncated(contains="What is 5"), Withheld(kind="refusal", contains="What is 6"))
+    with Server(Settings(words=20), Faults(faults=faults)) as server:
+        recipe = made(server.url, file_of(tmp_path, 12), teacher=PRICED if priced else {})
+        values = recipe.model_dump(mode="json")
+        values["student"]["model"], values["curate"]["cut_off"] = student, "keep"
+        values["evaluate"] = {"held_out": 2, "answers": 0}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+        ran = call("run", tmp_path / "recipe.yaml", "--out", tmp_path / "run")
+        assert ran.exit_code == 0, ran.stderr
+    shown = call("show", tmp_path / "run").stdout
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert re.search(rf"wasted: refusals +1 +{r'0.0000[1-9]' if priced else 'unknown'}", shown)
+    assert re.search(rf"cut off, and kept +1 +{r'0.0000[1-9]' if priced else 'unknown'}", shown)
+    assert ("Wasted, by kind, with US dollars at most: refusals 1 (0.0001)." in report) == priced
+    assert ("Wasted, by kind: refusals 1." in report) == (not priced)
+    assert "Not wasted: 1 answer that was cut off" in report
+    assert "truncations" not in report

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
 from asking import ask, file_of, made
 from typer.testing import CliRunner
 
 from limbeck.cli import app
 from limbeck.collect.prompts import gather
-from limbeck.errors import InputError, RefusedError
+from limbeck.errors import InputError, ModelError, RefusedError
 from limbeck.estimate import Estimate, as_text, estimate
 from limbeck.rundir import RunDir
 from limbeck.testing import Model, Server, Settings
@@ -67,6 +68,25 @@ def test_a_pilot_is_paid_for_once_and_its_interval_covers_the_bill(tmp_path: Pat
             assert low < value < high
         assert 120 * 0.01 / 16 < told["time"][0] < 30  # type: ignore[operator]
         assert told["journal"][0] > 120 * 100  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("asks", ["recipe", "row"])
+def test_a_pilot_buys_no_answers_with_tools_that_no_template_says(tmp_path: Path, asks: str):
+    """What is asked for in a row counts also where the pilot would not draw it. Without a pilot nothing is bought."""
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    source, student = file_of(tmp_path, 8), str(tiny.save(tmp_path / "student", layers=1))
+    if asks == "row":
+        with open(source["path"], "a", encoding="utf-8") as file:
+            file.write(json.dumps({"prompt": "And the weather?", "tools": [tool]}) + "\n")
+    with Server(SERVED) as server:
+        more: dict[str, Any] = {"tools": [tool]} if asks == "recipe" else {}
+        recipe = made(server.url, source, teacher=PRICED, **more)
+        recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update={"model": student})})
+        with pytest.raises(ModelError, match="paid for and then dropped"):
+            estimate(recipe, pilot=2, journal=tmp_path / "run" / "journal.db")
+        assert estimate(recipe).requests == (8 if asks == "recipe" else 9)
+        assert server.bill.received == 0
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_interval_covers_as_often_as_it_says(tmp_path: Path):

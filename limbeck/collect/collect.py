@@ -81,6 +81,8 @@ def collect(recipe: Recipe, run: RunDir, *, account: Digest | None = None) -> di
             completing.add_all(asked_by(teachers, recipe, run, ahead.passed), journal)
         _keep_here(teachers, recipe, run, journal)
         refused, outcomes = journal.refused, journal.outcomes(account)
+        if (costs := completing.totals.account) is not None and costs.unsaid:
+            costs.told(journal.costs(costs.unsaid))
     generated, count, totals = sum(part.answers for part in spent), file.rows, completing.totals
     return {
         "answers": count,

@@ -87,7 +87,7 @@ class Completing:
         wanted = self._wanted(asked)
         schema = wanted.json_schema
         differs = mismatch(parsed.text, schema) if schema is not None and parsed.finish_reason == "stop" else None
-        self.totals.count(asked.teacher.identity.name, parsed, batch, differs)
+        self.totals.count(asked, parsed, batch, differs)
         self._file.add_values(_values(asked, parsed, kept, batch, wanted, differs))
 
     def add_journaled(self, group: Sequence[Asked], journal: Journal) -> Iterator[Asked]:
@@ -272,15 +272,17 @@ class Totals:
     finish_reasons: Counter[str] = field(default_factory=Counter)
     by_teacher: Counter[str] = field(default_factory=Counter)
 
-    def count(self, teacher: str, parsed: Parsed, batch: str | None, differs: str | None) -> None:
+    def count(self, asked: Asked, parsed: Parsed, batch: str | None, differs: str | None) -> None:
         """Count one; `differs` says how it is not what its schema asks for."""
+        teacher = asked.teacher.identity.name
         tokens = parsed.prompt_tokens, parsed.completion_tokens
         self.prompt_tokens += tokens[0]
         self.completion_tokens += tokens[1]
         self.finish_reasons[parsed.finish_reason] += 1
         self.by_teacher[teacher] += tokens[1]
         if self.account is not None:
-            self.account.add(teacher, parsed.finish_reason if differs is None else "schema", *tokens, batch)
+            fate = parsed.finish_reason if differs is None else "schema"
+            self.account.add(teacher, fate, *tokens, batch, asked.request.key)
 
     def facts(self) -> dict[str, JsonValue]:
         """For the ledger."""

@@ -207,6 +207,11 @@ class Journal:
             rows = self._db.execute(OUTCOMES, (KILLED, account)).fetchall()
         return {outcome: Outcomes(requests, cost) for outcome, requests, cost in rows}
 
+    def costs(self, keys: Iterable[Digest]) -> dict[Digest, int]:
+        """Picodollars that were counted for the answers to these requests, those that were sent from this journal."""
+        with self._telling():
+            return dict(self._db.execute(_COSTS, (json.dumps(list(keys)),)).fetchall())
+
     def took(self, key: Digest) -> Took:
         """What an answer to a request took: of the requests sent for it, the last that was answered."""
         with self._telling():
@@ -374,6 +379,7 @@ _END = (
     "json_extract(value, '$[2]') AS cost FROM json_each(?2)) AS e WHERE sent.number = e.number"
 )
 _TIMES = "SELECT started, ended FROM sent WHERE key = ? AND outcome = 'answered' ORDER BY number DESC LIMIT 1"
+_COSTS = "SELECT key, cost FROM sent WHERE outcome = 'answered' AND key IN (SELECT value FROM json_each(?))"
 _BATCHED = "number IN (SELECT number FROM batch_rows)"
 _KILL = f"UPDATE sent SET outcome = ?, cost = held, ended = ? WHERE outcome IS NULL AND NOT {_BATCHED}"
 OUTCOMES = (

@@ -192,11 +192,11 @@ def cost(evidence: Evidence) -> Cost:
     if spent := _spent(evidence):
         money = spent
     stages = [(entry, seconds(entry)) for entry, _ in evidence.latest]
-    return Cost(money, sum(took for _, took in stages), stages)
+    return Cost(money + _wasted(evidence), sum(took for _, took in stages), stages)
 
 
 def _spent(evidence: Evidence) -> str:
-    """What the endpoints charged, and what of it was wasted; empty where no prices were known."""
+    """What the endpoints charged, and how much of it was wasted; empty where no prices were known."""
     money = evidence.facts("collect").get("money")
     if not isinstance(money, dict):
         return ""
@@ -206,12 +206,29 @@ def _spent(evidence: Evidence) -> str:
     if "unknown" in prices.values():
         return "" if len(set(prices.values())) == 1 else f"At least {spent:.4f} US dollars; some prices were not known."
     share = f", of which at most {wasted:.4f} bought no usable answer" if wasted else ""
-    waste, kinds = money.get("waste"), []
-    for kind, told in waste.items() if isinstance(waste, dict) else ():
-        if isinstance(told, dict):
-            kinds.append(f"{one_line(kind)} {told.get('count')} ({told.get('dollars_at_most', 0):.4f})")
-    named = f" Wasted, by kind, with US dollars at most: {', '.join(kinds)}." if kinds else ""
-    return f"Answers cost at most {spent:.4f} US dollars{share}.{named}"
+    return f"Answers cost at most {spent:.4f} US dollars{share}."
+
+
+def _wasted(evidence: Evidence) -> str:
+    """What of it was wasted, by kind, and beside it the answers that were cut off and are kept; money where all prices
+    were known.
+    """
+    money = evidence.facts("collect").get("money")
+    prices = money.get("prices") if isinstance(money, dict) else None
+    if not isinstance(money, dict) or not isinstance(prices, dict):
+        return ""
+    waste, kept, known = money.get("waste"), money.get("kept_cut_off"), "unknown" not in prices.values()
+    kinds = [
+        f"{one_line(kind)} {told.get('count')}" + (f" ({told.get('dollars_at_most', 0):.4f})" if known else "")
+        for kind, told in (waste.items() if isinstance(waste, dict) else ())
+        if isinstance(told, dict)
+    ]
+    named = f" Wasted, by kind{', with US dollars at most' if known else ''}: {', '.join(kinds)}." if kinds else ""
+    if not isinstance(kept, dict) or not (count := kept.get("answers")):
+        return named
+    price = f" ({kept.get('dollars', 0):.4f} US dollars)" if known else ""
+    answers = "answer that was" if count == 1 else "answers that were"
+    return f"{named} Not wasted: {count} {answers} cut off at the most tokens allowed{price}, which the recipe keeps."
 
 
 def seconds(entry: Entry) -> float:

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pydantic import JsonValue
 
 from limbeck.collect.endpoints.prices import Prices, dollars
+from limbeck.collect.journal import IN_BATCH
 from limbeck.collect.journal_sums import Outcomes
+from limbeck.records import Digest
 
 _USABLE = frozenset({"stop", "tool_calls"})
 
@@ -32,14 +34,27 @@ class Account:
     prices: Mapping[str, Prices | None]
     batch_prices: Mapping[str, Prices | None] = field(default_factory=dict)
     keeps_cut_off: bool = False
-    """Whether the recipe keeps answers that ran into `max_tokens`; then they are no waste."""
+    """Whether the recipe keeps answers that ran into `max_tokens`; then they are no waste, and counted apart."""
     batches: Counter[str] = field(default_factory=Counter)
     """Answers by the batch in which they came."""
     requests: Counter[str] = field(default_factory=Counter)
     money: Counter[str] = field(default_factory=Counter)
+    kept: int = 0
+    """Answers that were cut off and are kept."""
+    kept_money: int = 0
+
+    unsaid: dict[Digest, str] = field(default_factory=dict)
+    """Of what cannot be used, requests of which no tokens were counted, with their finish reason: nobody said what they
+    cost."""
 
     def add(
-        self, teacher: str, finish_reason: str, prompt_tokens: int, completion_tokens: int, batch: str | None = None
+        self,
+        teacher: str,
+        finish_reason: str,
+        prompt_tokens: int,
+        completion_tokens: int,
+        batch: str | None = None,
+        request: Digest | None = None,
     ) -> None:
         """Count an answer: what came in a batch, and what cannot be used as it is. One of a teacher without an endpoint
         costs nothing.
@@ -48,20 +63,27 @@ class Account:
             self.batches[batch] += 1
         if teacher not in self.prices or finish_reason in _USABLE:
             return
+        prices = (self.batch_prices if batch else self.prices).get(teacher)
+        cost = 0 if prices is None else prices.cost(prompt_tokens, completion_tokens)
         if finish_reason == "length" and self.keeps_cut_off:
+            self.kept, self.kept_money = self.kept + 1, self.kept_money + cost
             return
         self.requests[finish_reason] += 1
-        if (prices := (self.batch_prices if batch else self.prices).get(teacher)) is not None:
-            self.money[finish_reason] += prices.cost(prompt_tokens, completion_tokens)
+        self.money[finish_reason] += cost
+        if request is not None and prices is not None and not prompt_tokens and not completion_tokens:
+            self.unsaid[request] = finish_reason
+
+    def told(self, costs: Mapping[Digest, int]) -> None:
+        """What the journal counted for requests of which nobody said what they cost, in picodollars."""
+        for request, cost in costs.items():
+            self.money[self.unsaid.pop(request)] += cost
 
     def facts(self, outcomes: Mapping[str, Outcomes], cap: float | None) -> dict[str, JsonValue]:
         """What the ledger gets to know; empty where no endpoint was asked."""
         if not self.prices:
             return {}
-        lost = {name: one for name, one in outcomes.items() if name not in ("answered", "refused", "not sent")}
-        wasted: dict[str, JsonValue] = {
-            name: {"requests": one.requests, "dollars_at_most": dollars(one.cost)} for name, one in sorted(lost.items())
-        }
+        lost = lost_of(outcomes)
+        wasted = wasted_by(lost)
         wasted |= {
             name: {"answers": count, "dollars": dollars(self.money[name])}
             for name, count in sorted(self.requests.items())
@@ -86,8 +108,21 @@ class Account:
                     kept="; answers that were cut off are kept, and not counted" if self.keeps_cut_off else "",
                 ),
                 "wasted_dollars": dollars(sum(one.cost for one in lost.values()) + self.money.total()),
+                "kept_cut_off": {"answers": self.kept, "dollars": dollars(self.kept_money)},
             }
         }
+
+
+def lost_of(outcomes: Mapping[str, Outcomes]) -> dict[str, Outcomes]:
+    """Those of the outcomes that brought nothing."""
+    return {name: one for name, one in outcomes.items() if name not in ("answered", "refused", "not sent", IN_BATCH)}
+
+
+def wasted_by(lost: Mapping[str, Outcomes]) -> dict[str, JsonValue]:
+    """Requests that brought nothing, as facts."""
+    return {
+        name: {"requests": one.requests, "dollars_at_most": dollars(one.cost)} for name, one in sorted(lost.items())
+    }
 
 
 _KINDS = {

@@ -66,10 +66,10 @@ async def _ask(
                 teacher, log, api, http, budget=budget, prices=prices, account=purpose.account, key=key,
                 reasons=reasons, status=status, known_good=purpose.known_good,
             )  # fmt: skip
+            calls = Calls(http, api, log, reasons, key, settings.poll, teacher.settings.attempts)
             batching = Batching(
-                teacher, log, api, Calls(http, api, log, reasons, key, settings.poll), results, settings=settings,
-                budget=budget, prices=prices, account=purpose.account, reasons=reasons, status=status,
-                place=Path(place),
+                teacher, log, api, calls, results, settings=settings, budget=budget, prices=prices,
+                account=purpose.account, reasons=reasons, status=status, place=Path(place),
             )  # fmt: skip
             stopped = await batching.run(_rounds(stretches, line) if stretches is not None else None)
     return Asked(status.answers, status.tokens, stopped, isinstance(stopped, Fatal))

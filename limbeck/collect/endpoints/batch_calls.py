@@ -28,6 +28,8 @@ _PATIENCE = 12
 """How often a question is asked that nobody bills, with minutes in all between the first and the last."""
 _CREATIONS = 6
 """How often a batch is asked for that turned out not to be there."""
+_UNREACHED = 60.0
+"""Seconds after which a provider that no question ever reached is given up, if one is not out of attempts before."""
 _SETTLE = 60.0
 """Seconds after which a batch that was asked for, and is not listed, is taken not to exist."""
 _BEFORE, _AFTER = timedelta(minutes=10), timedelta(minutes=30)
@@ -42,11 +44,22 @@ class UnknownBatchError(Exception):
 
 
 class Calls:
-    """Asks one provider."""
+    """Asks one provider, each question at most `attempts` times as long as none has reached it."""
 
-    def __init__(self, http: BatchHttp, api: BatchApi, log: BatchLog, reasons: Reasons, key: str | None, poll: float):
+    def __init__(
+        self,
+        http: BatchHttp,
+        api: BatchApi,
+        log: BatchLog,
+        reasons: Reasons,
+        key: str | None,
+        poll: float,
+        attempts: int,
+    ):
         self._http, self._api, self._log, self._reasons, self._key = http, api, log, reasons, key
-        self._poll = poll
+        self._poll, self._attempts = poll, attempts
+        self._first_failed: float | None = None
+        """When it was known of the first that it found nobody."""
 
     async def patiently(self, send: Callable[[], Awaitable[Reply]], *, unknown: bool = False) -> Reply:
         """An answer with status 200. Raises `EndpointError` where there never is one; with `unknown`,
@@ -58,6 +71,7 @@ class Calls:
             try:
                 reply = await send()
             except NoReplyError as error:
+                self._no_reply(error, attempt)
                 said = error.kind
             else:
                 found = fate(reply.status, reply.body)
@@ -70,6 +84,16 @@ class Calls:
                 wait, said = retry_after(reply.headers), f"http {reply.status}"
             await asyncio.sleep(pause_before(attempt, wait))
         raise self._reasons.given_up(said)
+
+    def _no_reply(self, error: NoReplyError, attempt: int) -> None:
+        """Raises `EndpointError` where nothing came through in this command, and waiting longer helps no one."""
+        if self._http.reached:
+            return
+        now = time.monotonic()
+        self._first_failed = now if self._first_failed is None else self._first_failed
+        next_one = now + min(_BACKOFF * 2**attempt, _BACKOFF_MOST)
+        if attempt + 1 >= self._attempts or next_one - self._first_failed > _UNREACHED:
+            raise self._reasons.unreachable(self._api.page(None).partition("?")[0], error.why)
 
     def refused(self, reply: Reply) -> Exception:
         """Why nothing goes on after this reply."""
@@ -99,6 +123,9 @@ class Calls:
                 with path.open("rb") as content:
                     reply = await self._api.create(self._http, content, token, uploaded)
             except NoReplyError as error:
+                if not error.maybe_billed:
+                    self._log.not_asked(number)  # first: nothing has to be looked for where this gives up
+                self._no_reply(error, attempt)
                 job = await self.find(token, rows, asked) if error.maybe_billed else None
             else:
                 found = fate(reply.status, reply.body)

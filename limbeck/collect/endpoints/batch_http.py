@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import aiohttp
 
-from limbeck.collect.endpoints.transport import NoReplyError, Reply, proxy_of
+from limbeck.collect.endpoints.transport import NoReplyError, Reply, proxy_of, why_unconnected
 
 _CONNECT = 30.0
 _CONNECTIONS = 8
@@ -30,6 +30,8 @@ class BatchHttp:
     def __init__(self, headers: Mapping[str, str], timeout: float):
         self._headers = {"Accept": "*/*", **headers}
         self._timeout = aiohttp.ClientTimeout(total=_WHOLE, sock_connect=_CONNECT, sock_read=timeout)
+        self.reached = False
+        """Whether anything that was sent has come to the provider."""
 
     async def __aenter__(self) -> BatchHttp:
         self._session = aiohttp.ClientSession(
@@ -65,14 +67,16 @@ class BatchHttp:
             async with self._session.request(
                 method, url, allow_redirects=False, proxy=proxy_of(url), **more
             ) as response:
+                self.reached = True
                 return Reply(response.status, response.headers, await response.read())
         except (aiohttp.ClientError, OSError) as error:
-            raise _told(error) from error
+            raise self._told(error) from error
 
     async def lines(self, url: str) -> AsyncGenerator[bytes]:
         """The lines of a document, without their ends, as they come in. Raises `BadStatusError` too."""
         try:
             async with self._session.get(url, allow_redirects=False, proxy=proxy_of(url)) as response:
+                self.reached = True
                 if response.status != 200:
                     raise BadStatusError(Reply(response.status, response.headers, await response.read()))
                 rest = b""
@@ -84,12 +88,19 @@ class BatchHttp:
                 if rest.strip():
                     yield rest
         except (aiohttp.ClientError, OSError) as error:
-            raise _told(error) from error
+            raise self._told(error) from error
+
+    def _told(self, error: Exception) -> NoReplyError:
+        told = _no_reply(error)
+        self.reached |= told.kind != "connect"
+        return told
 
 
-def _told(error: Exception) -> NoReplyError:
+def _no_reply(error: Exception) -> NoReplyError:
     if isinstance(error, aiohttp.ConnectionTimeoutError):
-        return NoReplyError("connect")
+        return NoReplyError("connect", f"no connection within {_CONNECT:.0f} s")
     if isinstance(error, TimeoutError):
         return NoReplyError("timeout")
-    return NoReplyError("connect" if isinstance(error, aiohttp.ClientConnectorError) else "cut")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return NoReplyError("connect", why_unconnected(error))
+    return NoReplyError("cut")

@@ -73,7 +73,7 @@ class Reasons:
 
     def unreachable(self, address: str, why: str) -> LimbeckError:
         """No request of this command ever reached it."""
-        remedy = "check teacher.base_url (another one needs another --out), and that it answers from here"
+        remedy = "check that it answers from here, and teacher.base_url: RUN takes another one while it has no answer"
         problem = Problem(f"teacher {self._teacher}: {address}", why, "a connection", f"{remedy}; then {_AGAIN}")
         return EndpointError("the endpoint cannot be reached", [problem])
 
