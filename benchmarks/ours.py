@@ -27,7 +27,7 @@ from typing import Any, cast
 import torch
 from bench import Result, write_result
 from flops import forward_flops, matrix_peak, shape_of
-from steps import BATCH, Counts, StepClock, arguments, figures
+from steps import BATCH, Counts, StepClock, arguments, figures, read_order, settings, weights_digest
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
@@ -172,7 +172,8 @@ def train(
     examples = read_examples(options.material / "examples").train
     lengths = [len(e.tokens_T) for e in examples]
     schedule = make_schedule(lengths, batch_size=BATCH, epochs=options.epochs, pieces=pieces, seed=options.seed)
-    whole = schedule.steps[: options.steps or None]
+    given = tuple(map(tuple, read_order(options.order))) if options.order else schedule.steps
+    whole = given[: options.steps or None]
     none = ((),) * len(whole)
     schedule = replace(schedule, steps=none if own else whole, prompts=whole if own else none)
     student = str(options.material / "student")
@@ -194,6 +195,7 @@ def train(
         callbacks=[*(callbacks or []), clock],
     )
     trainer.remove_callback(PrinterCallback)
+    beginning = weights_digest(model) if options.order else ""
     trainer.train()
     batches = [
         [*(examples[i] for i in step), *(written.steps[n] if written else ())] for n, step in enumerate(schedule.steps)
@@ -205,6 +207,8 @@ def train(
     # A stretch of steps is timed with the writing of its answers, or not at all.
     skip = own.every * -(-options.skip // own.every) if own else options.skip
     found = figures(clock, counts, trainer.state.log_history, skip)
+    if options.order:
+        found["settings"] = settings(trainer, beginning)
     timed = batches[steps - cast("int", found["steps_timed"]) :]
     return found | {"flops": flops(model, teacher, timed), "padding": feed.counts.padding}
 
@@ -263,6 +267,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=1, help="first steps left out of rates")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--order", type=Path, help="the chats of every step, instead of an order of our own")
     parser.add_argument("--save", type=Path, help="where the student goes")
     parser.add_argument("--result", type=Path, required=True, help="JSON file for the figures")
     options = parser.parse_args()
