@@ -77,6 +77,7 @@ Results = dict[str, list[Result]]
 def runs_of(options: argparse.Namespace, where: Path) -> list[Run]:
     """All cases that were asked for; every one of limbeck's stands next to one of TRL's."""
     common = ("--material", str(where), "--epochs", str(options.epochs), "--steps", str(options.steps))
+    common += ("--skip", str(options.skip))
     theirs = [
         Run(name, (str(peers_python(options.peers)), str(HERE / "peers" / "trl_runs.py"), *case, *common))
         for name, case in PEERS.items()
@@ -169,6 +170,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="times that every case is run (default: 3)")
     parser.add_argument("--epochs", type=float, default=1, help="of training in a run (default: 1, which is 12 steps)")
     parser.add_argument("--steps", type=int, default=0, help="stop every run after so many steps; 0 is never")
+    parser.add_argument("--skip", type=int, default=1, help="first steps left out of rates (default: 1)")
     parser.add_argument("--only", nargs="+", choices=[*PEERS, *OURS, "profile"], help="run these cases only")
     options = parser.parse_args()
     where = material.prepared(parser, options)

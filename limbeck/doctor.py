@@ -139,7 +139,7 @@ def _processor() -> list[Finding]:
 
 
 def _kernels(device: str) -> list[Finding]:
-    """What training and its loss run besides torch's own kernels."""
+    """What training runs besides torch's own kernels."""
     from transformers.utils.import_utils import is_flash_attn_2_available
 
     from limbeck.models import compiling
@@ -149,7 +149,7 @@ def _kernels(device: str) -> list[Finding]:
     remedy = "" if lacking is None or compiling.SWITCH in lacking else f"install {needed}"
     when = "" if device == "cuda" else f" for trainings on {compiling.LONG:,} tokens or more"
     compiled = f"torch's own kernels: {lacking}" if lacking else f"compiled (torch.compile){when}"
-    found = [Finding("loss, norms, gates", compiled, remedy)]
+    found = [Finding("loss, norms, gates" if device == "cuda" else "norms, gates", compiled, remedy)]
     if device == "cuda":
         there = is_flash_attn_2_available()
         padded = "torch's sdpa: sequences are padded, flash-attn is not there"

@@ -23,7 +23,7 @@ from limbeck.train.pairing import signal_loss
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The passes as they are written, on any device, not compiled."""
-    monkeypatch.setattr(compiling, "usable", lambda _device: True)
+    monkeypatch.setattr(compiled, "chosen", lambda _device: True)
     monkeypatch.setattr(compiled, "compiled", lambda function: function)
 
 
@@ -76,7 +76,7 @@ def test_without_a_gradient_the_value_is_the_same(kind: str) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_as_on_a_gpu_it_is_the_same(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(compiling, "usable", lambda _device: True)
+    monkeypatch.setattr(compiled, "chosen", lambda _device: True)
     compiling.compiled.cache_clear()
     with caplog.at_level(logging.WARNING, logger=compiling.__name__):
         assert_same(make_student(softcap=3.0), make_signal("hidden"), "forward_kl", chunk=3)
@@ -93,7 +93,7 @@ def test_where_compiling_fails_the_eager_form_goes_on_with_one_warning(
 
         return call
 
-    monkeypatch.setattr(compiling, "usable", lambda _device: True)
+    monkeypatch.setattr(compiled, "chosen", lambda _device: True)
     monkeypatch.setattr(torch, "compile", refuses)
     compiling.compiled.cache_clear()
     with caplog.at_level(logging.WARNING, logger=compiling.__name__):

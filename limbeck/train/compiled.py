@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from limbeck.models import compiling
 from limbeck.models.compiling import any_rows, compiled
 from limbeck.signal.types import DenseSignal, HiddenSignal, SampledSignal, TextSignal, TopKSignal
 from limbeck.train import kernels
@@ -33,6 +34,13 @@ class Form(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
+
+
+def chosen(device: torch.device) -> bool:
+    """Whether the passes of this file are used there. On a CPU `kernels`' blocks stay in the cache, and are as fast in
+    less memory.
+    """
+    return device.type == "cuda" and compiling.usable(device)
 
 
 def passes_of(terms: Sequence[Term], head: kernels.Projection, chunk: int, wide: torch.dtype, *, grad: bool):

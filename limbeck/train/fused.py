@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from limbeck.errors import InputError, Problem
-from limbeck.models import compiling
 from limbeck.signal.types import HiddenSignal, Signal
 from limbeck.train import compiled, kernels
 from limbeck.train.losses import LossSpec
 from limbeck.train.pairing import Term, pair
+from limbeck.train.workspace import buffer
 
 _CHUNK_BYTES = 1 << 27
 _LEAST_CHUNK = 256
@@ -203,22 +203,23 @@ def _run(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job, want: S
         chunk = job.chunk_of(hidden)
         if job.chunk is None and n % chunk and chunk >= _LEAST_CHUNK:
             hidden = torch.cat([hidden, hidden.new_zeros(chunk - n % chunk, hidden.shape[1])])
-        head = kernels.Projection.of(weight, bias, job.scale, job.softcap, job.vocab, dtype)
+        head = kernels.Projection.of(weight, bias, job.scale, job.softcap, job.vocab, dtype, "student's")
         numbers = _GPU_BLOCK_NUMBERS if hidden.is_cuda else _BLOCK_NUMBERS
         block = min(chunk, max(1, numbers // job.vocab))
         scratch = kernels.Scratch(block, wide, hidden.device)
         passes = None
-        if compiling.usable(hidden.device):
+        if compiled.chosen(hidden.device):
             passes = compiled.passes_of(job.terms, head, chunk, wide, grad=any(want))
         compare = kernels.comparisons(job.terms, chunk, wide) if passes is None else []
         scale_N = torch.full((n,), head.scale, dtype=wide, device=hidden.device)
         if job.weights_N is not None:
             scale_N *= job.weights_N
-        logits_CV = hidden.new_empty(chunk, job.vocab)
+        logits_CV = buffer("logits", (chunk, job.vocab), dtype, hidden.device)
         nats_N = torch.empty_like(scale_N)
         grad_hidden = torch.empty_like(hidden) if want[0] else None
-        exact = weight.dtype == wide and _adds_wide(hidden.device)
-        grad_weight = _HeadGradient(head.weight_VD, wide if n > chunk or exact else dtype) if want[1] else None
+        # Where the head itself is wide, its gradient has to be in the end.
+        total = wide if n > chunk or weight.dtype == wide else dtype
+        grad_weight = _HeadGradient(weight, head.weight_VD.shape, total) if want[1] else None
         grad_bias = scale_N.new_zeros(job.vocab) if want[2] else None
         for a in range(0, n, chunk):
             y_CV = head.project(hidden[a : a + chunk], logits_CV)
@@ -282,11 +283,20 @@ def _adds_wide(device: torch.device) -> bool:
     return bool((total == 17).all())
 
 
+def _gradient_of(weight: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Where a gradient of a head goes. Where it becomes the head's `grad` as it is, its memory is used again once that
+    was let go. Several processes may hold on to it longer, to send it.
+    """
+    if weight.is_leaf and weight.grad is None and not torch.distributed.is_initialized():
+        return buffer("gradient", tuple(shape), dtype, weight.device)
+    return torch.empty(shape, dtype=dtype, device=weight.device)
+
+
 class _HeadGradient:
     """The sum over chunks of gradient.T @ hidden, [V, D], kept in `dtype`."""
 
-    def __init__(self, weight_VD: Tensor, dtype: torch.dtype):
-        self._total_VD = torch.empty_like(weight_VD, dtype=dtype)
+    def __init__(self, weight: Tensor, shape: torch.Size, dtype: torch.dtype):
+        self._total_VD = _gradient_of(weight, shape, dtype)
         self._begun = False
 
     def add(self, grad_CV: Tensor, hidden_CD: Tensor) -> None:

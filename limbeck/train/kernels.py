@@ -19,6 +19,7 @@ from torch import Tensor
 from limbeck.signal.types import DenseSignal, HiddenSignal, SampledSignal, TextSignal, TopKSignal
 from limbeck.train.losses import Loss
 from limbeck.train.pairing import Term
+from limbeck.train.workspace import buffer
 
 
 class Outcome(NamedTuple):
@@ -39,7 +40,8 @@ class Scratch:
         """A buffer of the shape of `like_RV`, the same one for the same name and width."""
         rows, width = like_RV.shape
         if (name, width) not in self._buffers:
-            self._buffers[name, width] = torch.empty(self._rows, width, dtype=self._dtype, device=self._device)
+            shape = self._rows, width
+            self._buffers[name, width] = buffer(f"{name}, {width} wide", shape, self._dtype, self._device)
         return self._buffers[name, width][:rows]
 
 
@@ -176,9 +178,15 @@ class Projection(NamedTuple):
         softcap: float | None,
         vocab: int,
         dtype: torch.dtype,
+        whose: str,
     ) -> Projection:
-        """The first `vocab` rows of a head, in `dtype`; converted once, not for every chunk."""
-        return cls(weight[:vocab].to(dtype), None if bias is None else bias[:vocab].to(dtype), scale, softcap)
+        """The first `vocab` rows of a head, in `dtype`; converted once, not for every chunk. `whose` it is keeps
+        the student's from the teacher's, where buffers are kept.
+        """
+        if (narrow_VD := weight[:vocab]).dtype != dtype:
+            made_VD = buffer(f"{whose} head", tuple(narrow_VD.shape), dtype, weight.device)
+            narrow_VD = made_VD.copy_(narrow_VD)
+        return cls(narrow_VD, None if bias is None else bias[:vocab].to(dtype), scale, softcap)
 
     def project(self, hidden_CD: Tensor, buffer_CV: Tensor) -> Tensor:
         """Hidden @ weight.T + bias in the first rows of the buffer."""
@@ -272,13 +280,14 @@ def teachers_head(signal: HiddenSignal) -> Projection:
         signal.softcap,
         signal.vocab_size,
         dtype,
+        "teacher's",
     )
 
 
 def _projected(signal: HiddenSignal, chunk: int) -> Teacher:
     head = teachers_head(signal)
     dtype = head.weight_VD.dtype
-    buffer_CV = signal.hidden_ND.new_empty(chunk, signal.vocab_size, dtype=dtype)
+    buffer_CV = buffer("teacher", (chunk, signal.vocab_size), dtype, signal.hidden_ND.device)
     held = range(0)
 
     def logits(rows: slice, buffer_RV: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from limbeck.train.feed import Feed, MicroBatch
 from limbeck.train.fused import fused_loss
 from limbeck.train.losses import LossSpec, terms_of
 from limbeck.train.sources import SignalSource
+from limbeck.train.workspace import kept_buffers
 
 _COMPLETE = "complete"
 """A file put into a checkpoint when all of it is on the disk; a checkpoint without it was cut short."""
@@ -67,7 +68,13 @@ class DistillationTrainer(Trainer):
         """
         model = cast("PreTrainedModel", self.model)
         narrow = torch.bfloat16 if self.args.bf16 else None
-        with on_cpu(self._feed.tokens), fast_attention(model), narrow_stream(inner(model), narrow), fused_gates(model):
+        with (
+            on_cpu(self._feed.tokens),
+            fast_attention(model),
+            narrow_stream(inner(model), narrow),
+            fused_gates(model),
+            kept_buffers(),
+        ):
             return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
