@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import tiny
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from limbeck.models import stream
 from limbeck.models.stream import _RootMeanSquare, narrow_stream, rms_epsilon
+from limbeck.records import Split
+from limbeck.render.batches import collate
+from limbeck.render.examples import make_example
+from limbeck.train.sources import LiveTeacher
 
 TOKENS_BT = torch.randint(3, 60, (4, 17), generator=torch.Generator().manual_seed(3))
 
@@ -123,3 +131,37 @@ def test_embeddings_learn_what_autograd_gives_them(tied, padding):
     error_V = (tables[1] - tables[0]).norm(dim=1)
     assert (error_V <= 1e-5 * tables[0].norm()).all()
     assert bool(tables[0][5].any()) == (tied or padding is None)
+
+
+def test_a_live_teacher_in_bfloat16_is_no_further_from_float32_while_it_runs():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    exact = LlamaForCausalLM(config)
+    for name, weight in exact.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weight, 0.3, 1.7)
+    exact = exact.bfloat16().float()
+    rounded = copy.deepcopy(exact).bfloat16()
+    examples = [
+        make_example(
+            np.arange(n, n + 9, dtype=np.int32), np.arange(9) > 2, prompt_id="", completion=str(n), teacher="",
+            split=Split.TRAIN,
+        )
+        for n in range(16)
+    ]  # fmt: skip
+    batch = collate(examples, 0)
+    expected = LiveTeacher(exact, 31).take(batch).hidden_ND
+    source = LiveTeacher(rounded, 31)
+    own = source.take(batch).hidden_ND
+    with source.running():
+        running = source.take(batch).hidden_ND
+    assert running.dtype == torch.bfloat16
+    assert (running.float() - expected).norm() <= 1.05 * (own.float() - expected).norm()
+    assert not torch.equal(running, own)
+    assert torch.equal(source.take(batch).hidden_ND, own)  # given back as it was
+    wide = LiveTeacher(exact, 31)
+    with wide.running():
+        assert torch.equal(wide.take(batch).hidden_ND, expected)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
+from limbeck.models.gated import fused_gates
+from limbeck.models.stream import narrow_stream
 from limbeck.render.batches import Batch
 from limbeck.signal.head import Head, head_of, hidden_states
 from limbeck.signal.store import SignalStore
@@ -46,6 +50,15 @@ class LiveTeacher:
         self._head = Head(
             head.weight.detach(), None if head.bias is None else head.bias.detach(), head.scale, head.softcap
         )
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """While the block runs, a teacher in bfloat16 computes norms and gates as the student does: rounded once where
+        its own code rounds in between, and compiled where the student's are.
+        """
+        narrow = self._model.dtype if self._model.dtype is torch.bfloat16 else None
+        with narrow_stream(self._model, narrow), fused_gates(self._model):
+            yield
 
     @torch.no_grad()
     def take(self, batch: Batch) -> HiddenSignal:

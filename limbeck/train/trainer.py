@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +32,7 @@ from limbeck.train.adapter import inner
 from limbeck.train.feed import Feed, MicroBatch
 from limbeck.train.fused import fused_loss
 from limbeck.train.losses import LossSpec, terms_of
-from limbeck.train.sources import SignalSource
+from limbeck.train.sources import LiveTeacher, SignalSource
 from limbeck.train.workspace import kept_buffers
 
 _COMPLETE = "complete"
@@ -73,6 +74,7 @@ class DistillationTrainer(Trainer):
             fast_attention(model),
             narrow_stream(inner(model), narrow),
             fused_gates(model),
+            self._source.running() if isinstance(self._source, LiveTeacher) else nullcontext(),
             kept_buffers(),
         ):
             return super().train(*args, **kwargs)
