@@ -15,8 +15,8 @@ from limbeck.ledger.columns import batches
 from limbeck.ledger.merkle.fields import Version
 from limbeck.records import Digest
 
-_ROWS = 4096
-_MOST_HELD = 2**27
+_ROWS = 1024
+_MOST_HELD = 2**26
 """Characters that are held of prompts which are not asked for in their order: no run writes examples so."""
 COMPLETION, ROW = "completion", "row"
 """What a parent is: the answer that an example is of; a row of a file, where an earlier version did not say more."""
