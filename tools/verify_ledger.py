@@ -1609,9 +1609,11 @@ def check_disclosure(value: Object, key: str | None, findings: Findings, _: Shar
         share, above = path[4], path[5:]
     leaf = example_leaf(private, share, version_of(parts))
     root = root_of_path(leaf, first + row, statement.size, above, "path")
-    findings.compare("path: root", root.hex(), statement.root.hex())
-    findings.note(f"row {row}, {field}: {told(parts['value'])}")
-    if (field, parts["value"]) == ("gate", "not asked"):
+    if not findings.compare("path: root", root.hex(), statement.root.hex()):
+        return
+    value = parts["value"]
+    findings.note(f"row {row}, {field}: {told(value if isinstance(value, str) else canonical(value, field).decode())}")
+    if (field, value) == ("gate", "not asked"):
         findings.note(NOT_ASKED)
 
 
