@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections import Counter
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ import runs
 from command import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from verifier import second
 
 from limbeck.errors import InputError, VerificationError
 from limbeck.ledger.canonical import canonical, digest_bytes
@@ -28,7 +26,6 @@ from limbeck.ledger.proofs.spot_check import check_spot_check, spot_check
 from limbeck.ledger.sealing import leaves
 from limbeck.ledger.signing import keys
 from limbeck.ledger.signing.envelope import sign
-from limbeck.ledger.store import Ledger
 
 ROWS = runs.PROMPTS - 1
 
@@ -258,36 +255,6 @@ def test_no_changed_spot_check_holds(manifest, checked):
 
 
 # Files and commands
-
-
-def test_a_strangers_text_says_no_line_of_its_own(tmp_path, capsys):
-    """A name with a line feed in it could say that a file is anchored."""
-    lie = "m\ntrust: anchored\nnote: anchored"
-
-    def change(records: runs.Records) -> runs.Records:
-        told = [one.model_copy(update={"model": lie, "teacher": lie}) for one in records.completions]
-        verdicts = [v._replace(teacher=lie, completion=c.id) for v, c in zip(records.verdicts, told, strict=True)]
-        return records._replace(completions=told, verdicts=verdicts)
-
-    run = runs.make_run(tmp_path / "run", change=change, until="train")
-    with Ledger(run / "ledger.db") as ledger:
-        read = {f"prompts:{lie}": runs.OUTSIDE}
-        ledger.append(
-            stage="card", started=datetime.now(UTC), inputs=read, outputs={}, recipe=runs.RECIPE.digest, facts={}
-        )
-    proof, manifest = tmp_path / "proof", tmp_path / "share"
-    printed = [
-        call("ledger", "disclose", run, "--row", 0, "--field", "model", "--out", proof),
-        call("ledger", "share", run, "--out", manifest),
-        *(call("ledger", "check", path) for path in (proof, manifest)),
-        call("ledger", "verify", run),
-        call("ledger", "log", run),
-    ]
-    assert second.main([str(proof)]) == second.main([str(manifest)]) == 0
-    for said in (*(one.stdout for one in printed), capsys.readouterr().out):
-        assert said
-        assert "anchored" in said or "entry" in said
-        assert not [line for line in said.splitlines() if line.startswith(("trust: anchored", "note: anchored"))]
 
 
 def test_files_are_read_strictly(whole, tmp_path, manifest, checked):

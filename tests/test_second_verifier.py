@@ -127,11 +127,10 @@ def hand_over(run: Path, folder: Path) -> dict[str, dict]:
         ("spot-check", "--seed", "a beacon", "--draws", 20, "--raw"),
         ("consistency", "--checkpoint", folder / "kept"),
     ):
-        one = {"terms": "disclosure"}.get(str(words[-1]), str(words[-1]))
-        out = folder / (one if words[0] == "disclose" else words[0])
-        result = call("ledger", words[0], run, *words[1:], "--out", out)
+        name = "disclosure" if "terms" in words else words[-1] if words[0] == "disclose" else words[0]
+        result = call("ledger", words[0], run, *words[1:], "--out", folder / name)
         assert result.exit_code == 0, result.output
-        documents[out.name] = json.loads(out.read_bytes())
+        documents[name] = json.loads((folder / name).read_bytes())
     return documents
 
 
