@@ -124,6 +124,7 @@ def _read(prompt: Prompt, answer: Answer, teacher: Endpoint, created: datetime) 
         finish_reason=said.finish_reason, model=said.model, teacher=who.name, provider=who.provider, route=who.route,
         weights=None, terms=who.terms, prompt_tokens=said.prompt_tokens, completion_tokens=said.completion_tokens,
         created=created, request_id=answer.request.key, response=digest_bytes(answer.raw), split=prompt.split,
+        answer_id=said.answer_id, fingerprint=said.fingerprint,
     )  # fmt: skip
 
 

@@ -213,6 +213,10 @@ class Completion(_Record):
     """What the answer had to be, by its prompt or by the recipe."""
     mismatch: str | None = None
     """How the answer is not what its schema asks for; None where it is, or where none was asked."""
+    answer_id: str | None = None
+    """The provider's own id of the answer, where it gave one."""
+    fingerprint: str | None = None
+    """What the API says of the weights and the configuration that answered, where it does (`system_fingerprint`)."""
 
     @property
     def id(self) -> Digest:

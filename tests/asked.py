@@ -41,7 +41,7 @@ def chat(place: int) -> JsonValue:
     usage = {"prompt_tokens": 9 + place, "completion_tokens": 4, "total_tokens": 13 + place}
     return {
         "id": f"chatcmpl-{place}", "object": "chat.completion", "created": 1741569952, "model": "chat-1-2026",
-        "choices": [choice], "usage": usage,
+        "choices": [choice], "usage": usage, "system_fingerprint": f"fp_{place % 2}",
     }  # fmt: skip
 
 
@@ -119,6 +119,7 @@ def records(root: Path, recipe: Recipe = RECIPE) -> runs.Records:
                     route=who.route, weights=None, terms=who.terms, prompt_tokens=read.prompt_tokens,
                     completion_tokens=read.completion_tokens, created=created, request_id=answer.request.key,
                     response=digest_bytes(answer.raw), split=prompt.split, batch=teacher.batch(answer.raw),
+                    answer_id=read.answer_id, fingerprint=read.fingerprint,
                 )
             )  # fmt: skip
     why = {"content_filter": (False, "refusal", "no answer"), "refusal": (False, "refusal", "no answer")}

@@ -68,6 +68,15 @@ def test_records_that_agree_by_column_agree_row_by_row_and_no_others(seed, good,
         assert all_records(run) == found
 
 
+def test_no_more_earlier_prompts_are_held_than_fit(tmp_path, monkeypatch):
+    run = runs.make_run(tmp_path / "run", change=runs.from_seeds)
+    assert all_records(run)[0] == []
+    monkeypatch.setattr("limbeck.ledger.agreement._MOST_EARLIER", 1)
+    (problem, *_) = all_records(run)[0]
+    assert problem.where == "prompts.parquet"
+    assert "more than 1 earlier prompts" in problem.found
+
+
 @settings(max_examples=200, deadline=None)
 @given(values=st.lists(st.integers(0, 40), max_size=30), asked=st.lists(st.integers(0, 45), max_size=40))
 def test_places_are_those_of_a_dictionary(values, asked):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,33 @@ def _handed_over(run: Path, folder: Path, version: int, capsys) -> None:
         verified(capsys, out, *share)
     told = json.loads((folder / "parents").read_bytes())["value"]
     assert [type(one) for one in told] == ([str] if version == 1 else [list] * 3)
+
+
+def test_a_strangers_text_says_no_line_of_its_own(tmp_path, capsys):
+    """A name with a line feed in it could say that a file is anchored."""
+    lie = "m\ntrust: anchored\nnote: anchored"
+
+    def change(records: runs.Records) -> runs.Records:
+        told = [one.model_copy(update={"model": lie, "teacher": lie}) for one in records.completions]
+        verdicts = [v._replace(teacher=lie, completion=c.id) for v, c in zip(records.verdicts, told, strict=True)]
+        return records._replace(completions=told, verdicts=verdicts)
+
+    run = runs.make_run(tmp_path / "run", change=change, until="train")
+    with Ledger(run / "ledger.db") as ledger:
+        read = {f"prompts:{lie}": runs.OUTSIDE}
+        ledger.append(
+            stage="card", started=datetime.now(UTC), inputs=read, outputs={}, recipe=runs.RECIPE.digest, facts={}
+        )
+    proof, manifest = tmp_path / "proof", tmp_path / "share"
+    printed = [
+        call("ledger", "disclose", run, "--row", 0, "--field", "model", "--out", proof),
+        call("ledger", "share", run, "--out", manifest),
+        *(call("ledger", "check", path) for path in (proof, manifest)),
+        call("ledger", "verify", run),
+        call("ledger", "log", run),
+    ]
+    assert second.main([str(proof)]) == second.main([str(manifest)]) == 0
+    for said in (*(one.stdout for one in printed), capsys.readouterr().out):
+        assert said
+        assert "anchored" in said or "entry" in said
+        assert not [line for line in said.splitlines() if line.startswith(("trust: anchored", "note: anchored"))]

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from limbeck.collect.endpoints.anthropic import AnthropicMessages
+from limbeck.collect.endpoints.dialects import read_raw
 from limbeck.collect.endpoints.keys import read_key, scrub
 from limbeck.collect.endpoints.openai_chat import OpenAIChat
 from limbeck.collect.endpoints.openai_responses import OpenAIResponses
@@ -52,7 +53,7 @@ def chat(message: object, finish: object = "stop", **more) -> bytes:
     ],
 )
 def test_a_chat_completion(message, finish, expected):
-    parsed, usage = CHAT.read(chat(message, finish))
+    parsed, usage = read_raw(CHAT, chat(message, finish))
     assert (parsed.text, parsed.reasoning, parsed.finish_reason) == expected
     assert (parsed.model, parsed.prompt_tokens, parsed.completion_tokens) == ("m-1", 7, 5)
     assert usage == (7, 5)
@@ -74,7 +75,7 @@ def test_a_chat_completion(message, finish, expected):
 def test_a_message(blocks, stop, expected):
     usage = {"input_tokens": 3, "cache_read_input_tokens": 4, "output_tokens": 5}
     raw = json.dumps({"type": "message", "model": "c", "content": blocks, "stop_reason": stop, "usage": usage})
-    parsed, used = MESSAGES.read(raw.encode())
+    parsed, used = read_raw(MESSAGES, raw.encode())
     assert (parsed.text, parsed.reasoning, parsed.finish_reason) == expected
     assert used == (7, 5)
 
@@ -99,7 +100,7 @@ def test_a_message(blocks, stop, expected):
 def test_a_response(output, more, expected):
     usage = {"input_tokens": 7, "output_tokens": 5}
     raw = json.dumps({"model": "r", "status": "completed", "error": None, "output": output, "usage": usage} | more)
-    parsed, used = RESPONSES.read(raw.encode())
+    parsed, used = read_raw(RESPONSES, raw.encode())
     assert (parsed.text, parsed.reasoning, parsed.finish_reason) == expected
     assert used == (7, 5)
 
@@ -124,8 +125,20 @@ def test_a_response(output, more, expected):
 )  # fmt: skip
 def test_what_is_no_answer_is_data_with_its_reason(raw, reason):
     for dialect in (CHAT, MESSAGES, RESPONSES):
-        parsed, usage = dialect.read(raw)
+        parsed, usage = read_raw(dialect, raw)
         assert (parsed.text, parsed.finish_reason, usage) == ("", reason, None)
+
+
+@pytest.mark.parametrize("name", [{}, {"id": 3, "system_fingerprint": ["fp"]}, {"id": "", "system_fingerprint": None}])
+def test_an_answer_has_the_names_that_its_provider_gave_it_as_text(name):
+    """A refusal and what is malformed too."""
+    said = {"id": "chatcmpl-1", "system_fingerprint": "fp_1"}
+    for dialect in (CHAT, MESSAGES, RESPONSES):
+        for rest in (json.loads(chat({"content": "Yes."})), {"error": {"code": "content_filter"}}, {}):
+            parsed = read_raw(dialect, json.dumps(rest | said).encode()).parsed
+            assert (parsed.answer_id, parsed.fingerprint) == ("chatcmpl-1", "fp_1")
+            parsed = read_raw(dialect, json.dumps(rest | name).encode()).parsed
+            assert (parsed.answer_id, parsed.fingerprint) == (None, None)
 
 
 JSON = st.recursive(
@@ -145,7 +158,7 @@ JSON = st.recursive(
 def test_reading_never_raises(value, raw):
     for data in (raw, orjson.dumps(value)):
         for dialect in (CHAT, MESSAGES, RESPONSES):
-            parsed, usage = dialect.read(data)
+            parsed, usage = read_raw(dialect, data)
             assert isinstance(parsed.text, str)
             assert isinstance(parsed.finish_reason, str)
             assert parsed.reasoning is None or parsed.reasoning

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import asked
+import pyarrow.parquet as pq
 import pytest
 import runs
 from command import call
@@ -19,6 +20,7 @@ from limbeck.collect.teachers import Answer, Request
 from limbeck.ledger import verify
 from limbeck.ledger.canonical import digest_bytes
 from limbeck.ledger.exchanges import read_exchange
+from limbeck.ledger.sealing import read_rows
 from limbeck.records import Completion
 from limbeck.tables import read_records, write_records
 
@@ -42,7 +44,8 @@ VALUES = st.recursive(
 MORE = st.sampled_from(
     ({"tool_calls": [CALL, 3]}, {"error": "moderation"}, {"type": "error"}, {"refusal": "No."}, {"reasoning": "r"},
      {"content": [ITEM, USE, {"type": "refusal", "refusal": "No."}]}, {"reasoning_content": "rc"},
-     {"output": [ITEM, {"content": [{"type": "reasoning_text", "text": "why"}]}]}, {"choices": []})
+     {"output": [ITEM, {"content": [{"type": "reasoning_text", "text": "why"}]}]}, {"choices": []},
+     {"id": "é", "system_fingerprint": ""}, {"id": 1, "system_fingerprint": "fp_1"})
 )  # fmt: skip
 
 
@@ -71,6 +74,7 @@ def compare(place: int, raw: bytes) -> None:
     assert (said.text, said.reasoning, said.finish_reason, said.model) == due[:4]
     assert (said.prompt_tokens, said.completion_tokens) == due[4:6]
     assert said.batch == teacher.batch(raw)
+    assert (found.answer_id, found.fingerprint) == (due.answer_id, due.fingerprint)
     told = [(one.name, one.arguments if isinstance(one.arguments, str) else None, one.id) for one in said.calls]
     assert [(name, id_) for name, _, id_ in told] == [(one.name, one.id) for one in due.tool_calls]
     for one, other in zip(said.calls, due.tool_calls, strict=True):
@@ -122,7 +126,7 @@ def test_a_run_of_endpoints_verifies_and_every_answer_was_read(run, capsys):
 
 ANOTHER = {
     "text": "Another.", "reasoning": "Another.", "finish_reason": "another", "model": "another", "prompt_tokens": 77,
-    "completion_tokens": 77, "batch": "another", "sample": 7,
+    "completion_tokens": 77, "batch": "another", "sample": 7, "answer_id": "another", "fingerprint": "another",
 }  # fmt: skip
 
 
@@ -152,13 +156,65 @@ def test_a_completion_that_says_something_else_than_its_answer_is_named_with_bot
     assert [found[where].found for where in wheres] == [str(original[row]) for row in rows]
 
 
+def test_a_leaf_names_what_the_provider_named(run):
+    """Each answer as its provider's own bytes have it, and no other."""
+    told = [json.loads(row.fields) for row in read_rows(run)]
+    ids = {one.response: one.answer_id for one in read_records(run / "completions.parquet", Completion)}
+    assert len(told) > 6
+    assert all(one["response"]["id"] == ids[one["response"]["digest"]] for one in told)
+    assert {one["response"]["id"].partition("_")[0].partition("-")[0] for one in told} == {"chatcmpl", "resp", "msg"}
+    for one in told:
+        fingerprint = f"fp_{int(one['response']['id'][-1]) % 2}" if one["teacher"] == "chat-1" else None
+        assert one["weights"] == {"digest": None, "fingerprint": fingerprint}
+
+
+def without_names(path: Path, names: tuple[str, ...] = ("answer_id", "fingerprint")) -> None:
+    """Completions as an earlier release wrote them."""
+    pq.write_table(pq.read_table(path).drop_columns([*names]), path)
+
+
+def test_names_are_not_got_rid_of_with_their_columns(tmp_path):
+    """Where a leaf has them, the records have to; and both columns or none."""
+    run = asked.make_run(tmp_path / "run")
+    without_names(run / "completions.parquet")
+    found = [one.where for one in verify(run).differences]
+    assert len([where for where in found if where.endswith(": response")]) == len(list(read_rows(run)))
+    assert "leaves.parquet: row 0: weights" in found
+    one = asked.make_run(tmp_path / "one", until="collect")
+    without_names(one / "completions.parquet", ("fingerprint",))
+    wheres = [each.where for each in verify(one).differences]
+    assert "journal.db, for completions.parquet: row 0: fingerprint answered" in wheres
+    assert "journal.db, for completions.parquet: row 1: fingerprint answered" not in wheres, "it has none"
+
+
+def test_a_run_of_an_earlier_release_goes_on_without_the_names(tmp_path, monkeypatch, capsys):
+    """Its table is read and sealed as it is; that the answers say more is a note, and no difference."""
+    monkeypatch.setitem(
+        runs._WRITERS,
+        "collect",
+        lambda root, r: [
+            write_records(root / "completions.parquet", r.completions, Completion),
+            without_names(root / "completions.parquet"),
+        ],
+    )
+    run = asked.make_run(tmp_path / "run")
+    assert {one.answer_id for one in read_records(run / "completions.parquet", Completion)} == {None}
+    found = verify(run)
+    assert found.ok, found.differences
+    (note,) = [note for note in found.notes if "no column" in note]
+    assert note.endswith(": 11"), "one answer of twelve is an error, which has no id"
+    assert second.main([str(run)]) == 0, capsys.readouterr()
+    assert {json.loads(row.fields)["response"]["id"] for row in read_rows(run)} == {None}
+
+
 def test_an_answer_to_another_question_is_named(tmp_path):
     """The request of one prompt stands for another's: all digests agree, and the messages do not."""
 
     def change(_: runs.Records) -> runs.Records:
         made = asked.records(tmp_path / "run")
         one, other = made.completions[3], made.completions[6]
-        taken = ("request_id", "response", "text", "reasoning", "finish_reason", "prompt_tokens", "batch")
+        taken = ("request_id", "response", "text", "reasoning", "finish_reason", "prompt_tokens", "batch",
+                 "answer_id", "fingerprint")  # fmt: skip
         told = [*made.completions]
         told[3] = one.model_copy(update={name: getattr(other, name) for name in taken})
         verdicts = [v._replace(completion=c.id) for v, c in zip(made.verdicts, told, strict=True)]

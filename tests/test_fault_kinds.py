@@ -5,9 +5,9 @@ refuse each one, and name it, is asked in test_second_verifier.py.
 from __future__ import annotations
 
 import pytest
-from faults import entries, files, gate, handed, parents, proofs, rows, signatures
+from faults import entries, files, gate, handed, names, parents, proofs, rows, signatures
 
-ALL = (*files.FAULTS, *rows.FAULTS, *entries.FAULTS, *signatures.FAULTS, *gate.FAULTS, *parents.FAULTS)
+ALL = (*files.FAULTS, *rows.FAULTS, *entries.FAULTS, *signatures.FAULTS, *gate.FAULTS, *parents.FAULTS, *names.FAULTS)
 RUNS = {f.name: f for f in ALL}
 PROOFS = {f"{f.form}: {f.name}": f for f in (*proofs.FAULTS, *handed.FAULTS)}
 
@@ -71,9 +71,15 @@ KINDS = {
         *(f"parents of a row of {name}: {how}" for name in ("leaves", "prompts") for how in parents.EDITS),
         *(f"parents: {how}" for how in ("dropped", "swapped", "altered", "of another kind")),
     ),
+    "provider's names changed": (
+        *(f"{name} of a completion altered{how}" for name in names.FIELDS for how in ("", ", all signed anew")),
+        *(f"{name} of a leaf {how}" for name in names.FIELDS for how in names.EDITS),
+        *(f"{form}: another id of the provider's" for form in ("response", "spot-check")),
+        "spot-check: another fingerprint",
+    ),
     "version of leaves changed": (
         *("leaves of an unknown version", "leaves said to be older", "older leaves after newer ones"),
-        *(f"{form}: leaves said to be older" for form in ("disclosure", "parents", "share", "spot-check")),
+        *(f"{form}: leaves said to be older" for form in ("disclosure", "parents", "response", "share", "spot-check")),
     ),
     "edited weights": ("weights replaced", "weights renamed", "a bit flipped in student/deep/weights.bin"),
     "edited recipe": ("a character changed in the recipe", "a number changed in the recipe"),

@@ -160,7 +160,7 @@ def test_both_refuse_each_run_with_one_bit_flipped(name, file, unpacked, tmp_pat
     assert code in (1, 2), said
 
 
-DOCUMENTED = [f"ledger-2-{name}" for name in ("ungated", "gated", "batches", "written")]
+DOCUMENTED = [f"ledger-2-{name}" for name in ("ungated", "gated", "batches", "written", "named")]
 
 
 @pytest.mark.parametrize("form", ["checkpoint", "disclose", "share", "spot-check", "consistency"])
@@ -236,7 +236,7 @@ def test_leaves_have_the_version_that_they_were_written_with(unpacked, capsys):
     for name in RUNS:
         facts = [json.loads(body)["facts"] for body in bodies(unpacked[name] / "run")]
         versions = {fact["leaves"]["version"] for fact in facts if "leaves" in fact}
-        assert versions <= {2 if name == "ledger-2-written" else 1}, name
+        assert versions <= {2 if name in ("ledger-2-written", "ledger-2-named") else 1}, name
     path = unpacked["ledger-2-written"] / "documents" / "parents"
     told = json.loads(path.read_bytes())
     assert [kind for kind, _ in told["value"]] == ["completion", "seed", "prompt"]
@@ -245,6 +245,28 @@ def test_leaves_have_the_version_that_they_were_written_with(unpacked, capsys):
     )
     assert call("ledger", "check", path).exit_code == 0
     assert second.main([str(path)]) == 0, capsys.readouterr()
+
+
+def test_how_a_provider_named_an_answer_is_read_out_of_a_disclosure(unpacked, capsys):
+    """The fourth row's: the first that came in a batch."""
+    run, folder = unpacked["ledger-2-named"] / "run", unpacked["ledger-2-named"] / "documents"
+    told = {name: json.loads((folder / name).read_bytes())["value"] for name in ("response", "weights")}
+    row = next(r for r in pq.read_table(run / "completions.parquet").to_pylist() if r["answer_id"] == "chatcmpl-1")
+    assert told == {
+        "response": {"digest": row["response"], "id": "chatcmpl-1"},
+        "weights": {"digest": None, "fingerprint": "fp_1"},
+    }
+    for name in told:
+        assert call("ledger", "check", folder / name).exit_code == 0
+        assert second.main([str(folder / name)]) == 0, capsys.readouterr()
+
+
+def test_completions_of_an_earlier_release_say_no_names_and_that_is_a_note(unpacked, tmp_path, capsys):
+    run = copied(unpacked["ledger-2-endpoints"] / "run", tmp_path)
+    assert {one.answer_id for one in read_records(run / "completions.parquet", Completion)} == {None}
+    first, code, said = verify_both(run, capsys)
+    assert (first, code) == (0, 0)
+    assert "has no column: 11" in " ".join(said.split())
 
 
 # ---------------------------------------------------------------- journals

@@ -23,7 +23,7 @@ from verifier import SCRIPT, second
 
 from limbeck.ledger import verify
 from limbeck.ledger.columns import batches
-from limbeck.records import Completion
+from limbeck.records import Completion, Prompt
 from limbeck.tables import schema
 
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
@@ -241,6 +241,18 @@ def test_a_value_that_a_whole_table_shares_is_not_written_out(run):
     assert path.stat().st_size < 1_000_000
     told = refused_by_the_first(run)
     assert "in a few rows of text, more than are read" in told
+
+
+def test_prompts_that_no_example_names_are_not_all_held(run):
+    """What 20,000 of them were made from is one value of 40,000 characters, once in a dictionary."""
+    rows, path = 20_000, run / "prompts.parquet"
+    one, kinds = pq.read_table(path).slice(0, 1).to_pylist()[0], schema(Prompt)
+    columns = {name: pa.array([value] * rows, kinds.field(name).type) for name, value in one.items()}
+    columns["id"] = pa.array([f"sha256:{row:064x}" for row in range(rows)])
+    columns["parents"] = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(["[" * 40_000]))
+    pq.write_table(pa.table(columns), path, compression="zstd")
+    assert path.stat().st_size < 2_000_000
+    assert "more of them than are held" in refused_by_the_first(run)
 
 
 def test_a_run_length_of_a_billion_tokens_is_not_written_out(run):

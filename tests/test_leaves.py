@@ -36,7 +36,7 @@ from limbeck.ledger.merkle.stored import StoredTree
 from limbeck.ledger.merkle.tree import consistent, leaf_hash, root, root_from_path
 from limbeck.ledger.sealing import leaves, sampling_of
 from limbeck.recipe import EndpointTeacher, Recipe
-from limbeck.records import Parent, Prompt
+from limbeck.records import Completion, Parent, Prompt
 from limbeck.rundir import RunDir
 from limbeck.tables import read_records, write_records
 
@@ -262,7 +262,20 @@ def test_values_by_column_are_those_of_each_row(version, order, tmp_path):
         for n, prompt in enumerate(prompts)
     ]
     write_records(run / "prompts.parquet", [prompts[n] for n in order], Prompt)
+    completions = list(read_records(run / "completions.parquet", Completion))
+    completions = [
+        one.model_copy(update={"answer_id": (None, "", 'a"\u2028é')[n % 3], "fingerprint": (None, "fp")[n % 2]})
+        for n, one in enumerate(completions)
+    ]
+    write_records(run / "completions.parquet", completions, Completion)
     made = list(leaves(recipe, run, version))
+    for leaf, one in zip(made, (completions[n] for n in (0, 2, 3, 4, 5)), strict=True):
+        response, weights = leaf.values["response"], leaf.values["weights"]
+        if version == 1:
+            assert (response, weights) == (one.response, one.weights)
+        else:
+            assert response == {"digest": one.response, "id": one.answer_id}
+            assert weights == {"digest": one.weights, "fingerprint": one.fingerprint}
     for leaf, prompt in zip(made, (prompts[n] for n in (0, 2, 3, 4, 5)), strict=True):  # the second is dropped
         found = leaf.values["parents"]
         rows = [[parent.kind or "row", parent.id] for parent in prompt.parents or ()]

@@ -228,7 +228,7 @@ def test_the_picked_rows_are_opened_and_hold(whole, manifest, checked):
     for opened in checked.rows:
         assert opened.fields == records[opened.row].values
         assert records[opened.row].share.split == "train"
-        assert digest_bytes(base64.b64decode(opened.response or "")) == opened.fields["response"]
+        assert digest_bytes(base64.b64decode(opened.response or "")) == opened.fields["response"]["digest"]
     assert spot_check(whole, manifest, "seed", 20, raw=True) == checked
 
 
@@ -236,6 +236,7 @@ def test_no_changed_spot_check_holds(manifest, checked):
     first = checked.rows[0]
     others = checked.rows[1:]
     assert set(first.fields) == set(FIELDS)
+    digest = first.fields["response"]["digest"]
     wrong = [
         {"rows": others},
         {"rows": checked.rows[::-1]},
@@ -247,6 +248,7 @@ def test_no_changed_spot_check_holds(manifest, checked):
         {"rows": [first.model_copy(update={"salts": base64.b64encode(bytes(256)).decode()}), *others]},
         {"rows": [first.model_copy(update={"salts": ""}), *others]},
         {"rows": [first.model_copy(update={"response": "YQ=="}), *others]},
+        {"rows": [first.model_copy(update={"fields": first.fields | {"response": digest}}), *others]},
     ]
     for change in wrong:
         assert not spot_holds(checked.model_copy(update=change), manifest), change

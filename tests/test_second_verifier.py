@@ -19,7 +19,7 @@ import runs
 import stamping
 from command import call
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from faults import entries, files, forger, gate, handed, parents, proofs, rows, signatures
+from faults import entries, files, forger, gate, handed, names, parents, proofs, rows, signatures
 from faults.kit import Case, Fault, formed
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -30,7 +30,7 @@ from limbeck.run import STAGES
 from limbeck.terms.waivers import make_waiver
 
 FORBIDDEN = "meta/llama-3/2024-04-18"
-FAULTS = [*files.FAULTS, *rows.FAULTS, *entries.FAULTS, *signatures.FAULTS, *parents.FAULTS]
+FAULTS = [*files.FAULTS, *rows.FAULTS, *entries.FAULTS, *signatures.FAULTS, *parents.FAULTS, *names.FAULTS]
 
 
 def signing_key():
@@ -122,14 +122,15 @@ def hand_over(run: Path, folder: Path) -> dict[str, dict]:
     for words in (
         ("disclose", "--row", 1, "--field", "terms"),
         ("disclose", "--row", 3, "--field", "parents"),
+        ("disclose", "--row", 3, "--field", "response"),
         ("share",),
         ("spot-check", "--seed", "a beacon", "--draws", 20, "--raw"),
         ("consistency", "--checkpoint", folder / "kept"),
     ):
-        out = folder / {"terms": "disclosure"}.get(str(words[-1]), "parents" if "parents" in words else words[0])
-        result = call("ledger", words[0], run, *words[1:], "--out", out)
+        name = "disclosure" if "terms" in words else words[-1] if words[0] == "disclose" else words[0]
+        result = call("ledger", words[0], run, *words[1:], "--out", folder / name)
         assert result.exit_code == 0, result.output
-        documents[out.name] = json.loads(out.read_bytes())
+        documents[name] = json.loads((folder / name).read_bytes())
     return documents
 
 
@@ -161,7 +162,7 @@ def test_both_refuse_a_document(fault: proofs.Fault, documents, tmp_path, capsys
     assert fault.place in printed, told
 
 
-@pytest.mark.parametrize("name", ["disclosure", "parents", "share", "consistency", "kept"])
+@pytest.mark.parametrize("name", ["disclosure", "parents", "response", "share", "consistency", "kept"])
 def test_a_good_document_holds(name, documents, capsys):
     assert second.main([str(documents[0] / name)]) == 0, "".join(capsys.readouterr())
 

@@ -101,3 +101,11 @@ def writing(
 def printable(text: str) -> str:
     """Text without control characters: what a model or a file wrote must not drive the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def in_line(value: object) -> str:
+    """A stranger's text, or a value as JSON, in one line: with a line feed in it, it could say a line of its own."""
+    import json
+
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

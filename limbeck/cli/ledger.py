@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from limbeck.cli.edge import printable, writing
+from limbeck.cli.edge import in_line, printable, writing
 
 if TYPE_CHECKING:
     from limbeck.ledger.signing.checkpoints import Made
@@ -264,10 +264,12 @@ def log(run: _RunPath, as_json: _Json = False) -> None:
 
 
 def _verification_text(result: Verification) -> str:
-    lines = [line for problem in result.differences for line in str(problem).split("\n")]
+    from limbeck.errors import Problem
+
+    lines = [str(Problem(*map(in_line, problem))) for problem in result.differences]
     count = len(result.differences)
     verdict = "verified: nothing differs" if result.ok else f"NOT verified: {count} difference{'s' * (count > 1)}"
-    notes = [f"note: {note}" for note in result.notes]
+    notes = [f"note: {in_line(note)}" for note in result.notes]
     summary = f"{verdict}; {result.entries} entries, head {result.head}"
     return printable("\n".join([*lines, *notes, summary]))
 
@@ -283,10 +285,11 @@ def _log_text(entries: list[Entry]) -> str:
             + (" dirty" if entry.dirty else "")
         )
         seconds = (entry.finished - entry.started).total_seconds()
-        lines.append(f"{entry.index:>3}  {entry.finished:%Y-%m-%d %H:%M:%SZ}  {entry.stage}  ({seconds:.1f} s, {code})")
+        when = f"{entry.finished:%Y-%m-%d %H:%M:%SZ}"
+        lines.append(f"{entry.index:>3}  {when}  {in_line(entry.stage)}  ({seconds:.1f} s, {in_line(code)})")
         lines.append(f"     entry  {entry_digest(entry)}")
-        lines += [f"     read   {digest}  {name}" for name, digest in sorted(entry.inputs.items())]
-        lines += [f"     wrote  {digest}  {name}" for name, digest in sorted(entry.outputs.items())]
+        lines += [f"     read   {digest}  {in_line(name)}" for name, digest in sorted(entry.inputs.items())]
+        lines += [f"     wrote  {digest}  {in_line(name)}" for name, digest in sorted(entry.outputs.items())]
     return printable("\n".join(lines) or "no entries yet")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from limbeck.cli.edge import printable
+from limbeck.cli.edge import in_line, printable
 from limbeck.cli.ledger import app, as_json_text, write_new
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def disclose(
     write_new(out, data)
     told = {"row": row, "field": field, "value": proof.value, "bytes": len(data), "file": str(out)}
     told |= {"meaning": meant} if meant else {}
-    line = f"{field} of row {row}: {proof.value!r}; wrote {out}"
+    line = f"{field} of row {row}: {in_line(proof.value)}; wrote {out}"
     typer.echo(as_json_text(told) if as_json else printable("\n".join(filter(None, (line, meant)))))
 
 
@@ -210,7 +210,7 @@ def _holds_text(document: Document | Envelope, values: dict[str, object]) -> str
     from limbeck.ledger.proofs.documents import ShareDocument
 
     shares = _share_lines(document.shares) if isinstance(document, ShareDocument) else []
-    lines = [f"{name}: {value}" for name, value in values.items() if name != "shares"]
+    lines = [f"{name}: {in_line(value)}" for name, value in values.items() if name != "shares"]
     return printable("\n".join(["it holds", *shares, *lines]))
 
 
@@ -298,7 +298,8 @@ def _shares(shares: list[ClassShare]) -> list[dict[str, object]]:
 def _share_lines(shares: list[ClassShare]) -> list[str]:
     total = sum(one.tokens for one in shares)
     return [
-        f"{100 * one.tokens / total if total else 0:6.2f} %  {one.tokens:>12,} tokens  {one.rows:>9,} rows  {one.name}"
+        f"{100 * one.tokens / total if total else 0:6.2f} %  {one.tokens:>12,} tokens  {one.rows:>9,} rows  "
+        + in_line(one.name)
         for one in shares
     ]
 

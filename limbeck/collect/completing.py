@@ -248,6 +248,8 @@ def _values(
         parsed.tool_calls or None,
         wanted.json_schema,
         differs,
+        parsed.answer_id,
+        parsed.fingerprint,
     ]
 
 

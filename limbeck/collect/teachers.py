@@ -61,6 +61,10 @@ class Parsed(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
     tool_calls: tuple[ToolCall, ...] = ()
+    answer_id: str | None = None
+    """The provider's own id of the answer, where it gave one."""
+    fingerprint: str | None = None
+    """What the API says of the weights and the configuration that answered, where it does."""
 
 
 class Teacher(Protocol):

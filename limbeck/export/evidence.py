@@ -76,6 +76,8 @@ class TeacherSeen(NamedTuple):
     """Answers that came by its provider's batch API."""
     batches: int = 0
     """Batches in which those came."""
+    fingerprints: tuple[str, ...] = ()
+    """All that its API said of the weights that answered, sorted."""
 
 
 class DroppedAnswer(NamedTuple):
@@ -305,6 +307,7 @@ def _answers(
     kept: Counter[str] = Counter()
     drops: Counter[str] = Counter()
     batches: dict[str, Counter[str]] = {}
+    fingerprints: dict[str, set[str]] = {}
     shown: dict[str, list[DroppedAnswer]] = {}
     for completion in read_records(run / "completions.parquet", Completion):
         identities.setdefault(completion.teacher, completion)
@@ -314,6 +317,8 @@ def _answers(
             cut_short.add(completion.prompt_id)
         if completion.batch is not None:
             batches.setdefault(completion.teacher, Counter())[completion.batch] += 1
+        if completion.fingerprint is not None:
+            fingerprints.setdefault(completion.teacher, set()).add(completion.fingerprint)
         verdict = verdicts[completion.id]
         kept[completion.teacher] += verdict.keep
         if not verdict.keep:
@@ -339,6 +344,7 @@ def _answers(
             file=files.get(name),
             batched=batches[name].total() if name in batches else 0,
             batches=len(batches.get(name, ())),
+            fingerprints=tuple(sorted(fingerprints.get(name, ()))),
         )
         for name, one in identities.items()
     )

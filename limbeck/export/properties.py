@@ -48,6 +48,7 @@ def teacher_properties(teacher: TeacherTold) -> list[tuple[str, str]]:
         (PREFIX + "route", seen.route),
         (PREFIX + "model-that-answered", seen.model),
         *([(PREFIX + "weights", seen.weights)] if seen.weights else []),
+        *((PREFIX + "fingerprint", fingerprint) for fingerprint in seen.fingerprints),
         *([(PREFIX + "from-file", PurePath(seen.file).name)] if seen.file else []),
         *(
             [(PREFIX + "answers-in-batches", str(seen.batched)), (PREFIX + "batches", str(seen.batches))]

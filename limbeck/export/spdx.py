@@ -26,6 +26,7 @@ from limbeck.export.facts import Facts, FileSeen, TeacherTold
 from limbeck.export.licences import address, licence_ref, spdx_id
 from limbeck.export.properties import PREFIX, ledger_properties, teacher_properties, use_properties
 from limbeck.export.teachers import drawn, reached, source_name, written
+from limbeck.ledger.canonical import canonical
 
 Object = dict[str, JsonValue]
 
@@ -256,7 +257,7 @@ class _Document:
     def _made_from(self, rows: MadeFrom) -> str:
         """What a model wrote prompts from."""
         name = source_name(rows.source)
-        key = hashlib.sha256(f"{rows.source} {rows.licence}".encode()).hexdigest()[:32]
+        key = hashlib.sha256(canonical(list(rows))).hexdigest()[:32]
         new = f"{self.space}made-from-{key}" not in self.elements
         one = self.add(
             f"made-from-{key}",

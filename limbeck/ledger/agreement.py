@@ -61,6 +61,10 @@ class Prompts:
     """Whether the prompt at each place is held out."""
 
 
+_MOST_EARLIER = 2**22
+"""Some 200 MB: a few bytes of a packed column can stand for any number of them."""
+
+
 class Earlier:
     """Prompts that others were written from: each has to be an earlier row of the same table."""
 
@@ -69,9 +73,11 @@ class Earlier:
         self._ids = Places()
 
     def add(self, row: int, parents: Iterable[Parent]) -> None:
-        """What the prompt in a row was written from."""
+        """What the prompt in a row was written from. Raises `ValueError` for more than are held."""
         for parent in parents:
             if parent.kind == "prompt":
+                if len(self._rows) == _MOST_EARLIER:
+                    raise ValueError(f"more than {_MOST_EARLIER} earlier prompts that others were written from")
                 self._rows.append(row)
                 self._ids.append(raw_digest(parent.id))
 

@@ -193,6 +193,13 @@ def batches(path: Path, names: Sequence[str], rows: int = ROWS, *, all_: bool = 
             yield pa.record_batch(columns, names=list(names))
 
 
+def has_any(path: Path, names: Sequence[str]) -> bool:
+    """Whether a table has one of these columns, which may be of a later version. Raises what `batches` does."""
+    dictionaries(path, names)
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        return not {*names}.isdisjoint(file.schema_arrow.names)
+
+
 def _sound(name: str, column: pa.Array) -> pa.Array:
     """A column of a batch, written out and of its type. Raises `ValueError`."""
     if isinstance(column, pa.DictionaryArray):
@@ -218,7 +225,7 @@ _TYPES = {
     "keep": pa.bool_(),
 }
 """Of columns that are no text; of lists, that of what is in them."""
-_LATER = frozenset({"batch", "tools", "tool_calls", "json_schema", "mismatch", "parents"})
+_LATER = frozenset({"batch", "tools", "tool_calls", "json_schema", "mismatch", "parents", "answer_id", "fingerprint"})
 """Columns that tables of earlier versions lack: nothing is in them then."""
 _MAY_BE_MISSING = frozenset({"reasoning", "weights", "writer"}) | _LATER
 

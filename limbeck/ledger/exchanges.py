@@ -53,6 +53,10 @@ class Exchange(NamedTuple):
     """Whether messages stand in the request as they stand in a completion, also where they are more than text."""
     system_apart: bool = False
     """Whether the system's messages were put together into one."""
+    answer_id: str | None = None
+    """The provider's own id of the answer."""
+    fingerprint: str | None = None
+    """What the API says of the weights and the configuration that answered."""
 
     def asks(self, messages: Sequence[Mapping[str, JsonValue]]) -> bool:
         """Whether these messages were asked. Of those that are more than text, each API has words of its own, which are
@@ -128,10 +132,13 @@ def _endpoint(
     def read(asked: Object, raw: bytes) -> Exchange:
         batch, found = _unwrapped(raw)
         body = _object(asked.get("body"))
-        said = answer(found) if found is not None else _nothing(MALFORMED)
+        said, named = (answer(found), found) if found is not None else (_nothing(MALFORMED), {})
         if batch is not None or not said.model:
             said = said._replace(batch=batch, model=said.model or _text(body.get("model")))
-        return Exchange(messages(body), asked.get("sample"), None, said, False, answer is _anthropic)
+        return Exchange(
+            messages(body), asked.get("sample"), None, said, False, answer is _anthropic,
+            _text(named.get("id")) or None, _text(named.get("system_fingerprint")) or None,
+        )  # fmt: skip
 
     return read
 

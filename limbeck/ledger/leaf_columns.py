@@ -21,6 +21,7 @@ from limbeck.ledger.sealing import (
     examples_of,
     iso_micros,
     sampling_of,
+    weights_of,
     without_completion,
     writers_of,
 )
@@ -51,6 +52,7 @@ class _Shared(NamedTuple):
     values: _Known[str | None]
     times: _Known[int]
     samplings: _Known[tuple[str, int]]
+    weights: _Known[tuple[str | None, str | None]]
     parents: _Known[str | None]
     """What follows the completion, up to the end of the list."""
     writers: _Known[tuple[str, str | None]]
@@ -69,8 +71,12 @@ def leaf_columns(recipe: Recipe, run: Path, version: Version) -> Iterator[Encode
     def parents(told: str | None) -> bytes:
         return canonical(parents_of("", told, version)).split(b'""', 1)[1]
 
+    def weights(said: tuple[str | None, str | None]) -> bytes:
+        return canonical(weights_of(*said, version))
+
     shared = _Shared(
-        _Known(canonical), _Known(_time), _Known(sampling), _Known(parents), _Known(_writers), _Known(_share)
+        *(_Known(canonical), _Known(_time), _Known(sampling), _Known(weights), _Known(parents)),
+        *(_Known(_writers), _Known(_share)),
     )
     origins, answers, place = Origins(run), answers_of(run), 0
     for examples in _groups(examples_of(run / "examples" / "examples.parquet")):
@@ -83,7 +89,7 @@ def leaf_columns(recipe: Recipe, run: Path, version: Version) -> Iterator[Encode
             else:
                 raise without_completion(place + len(told), example)
         place += len(examples)
-        yield _encoded(examples, told, origins, shared, b"[" if version == 1 else b'[["completion",')
+        yield _encoded(examples, told, origins, shared, version)
 
 
 def _groups(examples: Iterator[Example]) -> Iterator[list[Example]]:
@@ -98,15 +104,15 @@ def _groups(examples: Iterator[Example]) -> Iterator[list[Example]]:
 
 
 def _encoded(
-    examples: list[Example], told: list[Answer], origins: Origins, shared: _Shared, begin: bytes
+    examples: list[Example], told: list[Answer], origins: Origins, shared: _Shared, version: Version
 ) -> EncodedColumns:
-    """`begin` stands before the completion in the list of parents."""
     ids, parents, splits, teachers, tokens = (list(column) for column in zip(*examples, strict=True))
     column: dict[str, list[Any]] = dict(zip(Answer._fields, map(list, zip(*told, strict=True)), strict=True))
     said = map(completion_digest, *(column[name] for name in ("text", "reasoning", "finish_reason", "tool_calls")))
     known = shared.values.__getitem__
     writers, made_from = zip(*map(origins.get, column["prompt_id"]), strict=True)
     written = zip(column["model"], writers, strict=True)
+    begin = b"[" if version == 1 else b'[["completion",'
     fields = (
         _quoted(said),
         list(map(shared.times.__getitem__, column["created"])),
@@ -120,15 +126,24 @@ def _encoded(
         _quoted(column["prompt_id"]),
         list(map(known, column["provider"])),
         _quoted(column["request_id"]),
-        _quoted(column["response"]),
+        _responses(column["response"], column["answer_id"], version),
         list(map(known, column["route"])),
         list(map(shared.samplings.__getitem__, zip(column["teacher"], column["sample"], strict=True))),
         list(map(known, column["teacher"])),
         list(map(known, column["terms"])),
-        list(map(known, column["weights"])),
+        list(map(shared.weights.__getitem__, zip(column["weights"], column["fingerprint"], strict=True))),
         list(map(shared.writers.__getitem__, written)),
     )
     return EncodedColumns(fields, list(map(shared.shares.__getitem__, zip(teachers, splits, tokens, strict=True))))
+
+
+def _responses(digests: list[str], ids: list[str | None], version: Version) -> list[bytes]:
+    """`response_of`, of each: no two have the same."""
+    found = _quoted(digests)
+    if version == 1:
+        return found
+    named = [b"null" if one is None else quoted(one).encode() for one in ids]
+    return [b'{"digest":%b,"id":%b}' % pair for pair in zip(found, named, strict=True)]
 
 
 def _quoted(values: Iterable[str]) -> list[bytes]:

@@ -15,7 +15,9 @@ from limbeck.ledger.columns import batches
 from limbeck.ledger.merkle.fields import Version
 from limbeck.records import Digest
 
-_ROWS = 4096
+_ROWS = 1024
+_MOST_HELD = 2**26
+"""Characters that are held of prompts which are not asked for in their order: no run writes examples so."""
 COMPLETION, ROW = "completion", "row"
 """What a parent is: the answer that an example is of; a row of a file, where an earlier version did not say more."""
 
@@ -47,9 +49,19 @@ class Origins:
                 if name == prompt:
                     self._at, self._found = name, origin
                     return origin
-            self._held = {name: origin for name, origin in self._read() if origin != (None, None)}
+            self._held = self._hold()
         self._at, self._found = prompt, self._held.get(prompt, Origin(None, None))
         return self._found
+
+    def _hold(self) -> dict[Digest, Origin]:
+        held, size = dict[Digest, Origin](), 0
+        for name, origin in self._read():
+            if origin != (None, None):
+                held[name] = origin
+                size += len(name) + len(origin.writer or "") + len(origin.parents or "")
+            if size > _MOST_HELD:
+                raise ValueError("prompts in another order than the examples, and more of them than are held")
+        return held
 
     def _read(self) -> Iterator[tuple[Digest, Origin]]:
         for batch in batches(self._path, ("id", *Origin._fields), _ROWS):

@@ -36,9 +36,9 @@ from limbeck.ledger.agreement import (
     verdict_rows,
     verdicts_agree,
 )
-from limbeck.ledger.columns import batches, raw_digest
+from limbeck.ledger.columns import batches, has_any, raw_digest
 from limbeck.ledger.paths import read_bounded
-from limbeck.ledger.raw_answers import RawAnswers
+from limbeck.ledger.raw_answers import NAMED, RawAnswers
 from limbeck.records import Completion, Prompt, Score, Split
 from limbeck.rundir import RunDir
 from limbeck.tables import records_of, schema
@@ -118,17 +118,18 @@ def _completions(root: Path, known: _Known, present: frozenset[str]) -> Iterator
     terms = _terms(root, known) if "recipe.yaml" in present else None
     path = root / "completions.parquet"
     with _Journal(root, present) as journal:
+        if journal.raw is not None:
+            journal.raw.named = has_any(path, NAMED)
         if known.prompts is not None and journal.raw is not None:
             known.answers = completions_agree(path, known.prompts, terms, journal.raw)
         if known.answers is None:
             yield from _each_completion(path, known, terms, journal)
-        if journal.unread:
-            known.notes.append(f"raw answers of a form that only their digest was compared of: {journal.unread}")
+        known.notes += journal.notes()
 
 
 def _each_completion(path: Path, known: _Known, terms: dict[str, str] | None, journal: _Journal) -> Iterator[Problem]:
     answers, twice = Answers(), Twice(len(known.prompts.held_out) if known.prompts else 0)
-    journal.unread = 0
+    journal.forget()
     for row, completion in enumerate(_records(path, Completion)):
         where = f"completions.parquet: row {row}"
         place = known.prompts.places.get(raw_digest(completion.prompt_id)) if known.prompts is not None else -1
@@ -181,15 +182,20 @@ class _Journal:
             self.raw = RawAnswers(self._path)
         return []
 
-    @property
-    def unread(self) -> int:
-        """Answers of a form that this version cannot read."""
-        return self.raw.unread if self.raw else 0
+    def notes(self) -> Iterator[str]:
+        """What of the answers was not compared."""
+        if self.raw is not None and self.raw.unread:
+            yield f"raw answers of a form that only their digest was compared of: {self.raw.unread}"
+        if self.raw is not None and self.raw.unnamed:
+            yield (
+                "raw answers with an id or a fingerprint of their provider, for which completions.parquet, of an "
+                f"earlier version, has no column: {self.raw.unnamed}"
+            )
 
-    @unread.setter
-    def unread(self, count: int) -> None:
-        if self.raw:
-            self.raw.unread = count
+    def forget(self) -> None:
+        """What was counted so far: the answers are read once more."""
+        if self.raw is not None:
+            self.raw.unread = self.raw.unnamed = 0
 
     def differences(self, where: str, completion: Completion) -> list[Problem]:
         """How a completion differs from its raw answer; once, why the journal cannot be read."""

@@ -22,12 +22,14 @@ import zstandard
 
 from limbeck.errors import Problem
 from limbeck.ledger.canonical import digest_bytes, digest_json
-from limbeck.ledger.exchanges import Call, read_exchange, read_json
+from limbeck.ledger.exchanges import Call, Exchange, read_exchange, read_json
 from limbeck.records import Completion
 
 _ASKED = ("sample", "weights")
 _SAID = ("text", "reasoning", "finish_reason", "model", "prompt_tokens", "completion_tokens", "batch")
 """What a completion takes over from a request and an answer."""
+NAMED = ("answer_id", "fingerprint")
+"""How the provider names an answer, and what gave it."""
 
 _LONGEST = 2**26
 """Bytes of an answer, packed or not."""
@@ -73,6 +75,8 @@ class Expected(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
     batch: str | None
+    answer_id: str | None
+    fingerprint: str | None
 
 
 class RawAnswers:
@@ -110,8 +114,12 @@ class RawAnswers:
             self.__exit__()
             raise
         self._unpacker = zstandard.ZstdDecompressor()
-        self.unread = 0
-        """Answers of a form that this version cannot read; their digests were compared all the same."""
+        self.named = True
+        """Whether the completions have the columns `NAMED`; those of earlier versions do not, and that is no
+        difference."""
+        self.unread = self.unnamed = 0
+        """Answers of a form that this version cannot read, of which digests were compared all the same; and those whose
+        provider named them, where the completions have no column for it."""
 
     def __enter__(self) -> Self:
         return self
@@ -171,8 +179,16 @@ class RawAnswers:
             and not said.calls
             and found.sample == expected.sample
             and found.weights == expected.weights
+            and self._named(found, expected)
             and found.asks(expected.messages)
         )
+
+    def _named(self, found: Exchange, expected: Expected | Completion) -> bool:
+        """Whether the provider named the answer as a completion says, as far as that can say it."""
+        if self.named:
+            return found.answer_id == expected.answer_id and found.fingerprint == expected.fingerprint
+        self.unnamed += found.answer_id is not None or found.fingerprint is not None
+        return True
 
     def differences(self, where: str, completion: Completion) -> list[Problem]:
         """How a completion differs from the raw answer it was made from."""
@@ -224,12 +240,14 @@ class RawAnswers:
         if read is None:
             self.unread += 1
             return []
+        names = () if self._named(read, completion) else NAMED
         messages = [message.model_dump(mode="json") for message in completion.messages]
         calls = [call.model_dump(mode="json") for call in completion.tool_calls or ()]
         return [
             ("messages asked", messages if read.asks(messages) else read.messages, messages),
             *((f"{name} asked", getattr(read, name), getattr(completion, name)) for name in _ASKED),
             *((f"{name} answered", getattr(read.said, name), getattr(completion, name)) for name in _SAID),
+            *((f"{name} answered", getattr(read, name), getattr(completion, name)) for name in names),
             ("tool_calls answered", [_as_call(*pair) for pair in zip_longest(read.said.calls, calls)], calls),
         ]
 

@@ -212,12 +212,12 @@ def leaves(recipe: Recipe, run: Path, version: Version) -> Iterator[Leaf]:
                 completion.prompt_id,
                 completion.provider,
                 completion.request_id,
-                completion.response,
+                response_of(completion.response, completion.answer_id, version),
                 completion.route,
                 sampling,
                 completion.teacher,
                 completion.terms,
-                completion.weights,
+                weights_of(completion.weights, completion.fingerprint, version),
                 told,
             ),
             share,
@@ -267,6 +267,16 @@ def sampling_of(recipe: Recipe, teacher: str, sample: int, version: Version) -> 
     return found | {"extra": extra, "sample": sample}
 
 
+def response_of(response: Digest, answer_id: str | None, version: Version) -> JsonValue:
+    """What a leaf says of the answer as it came; from version 2 on also by which id its provider knows it."""
+    return response if version == 1 else {"digest": response, "id": answer_id}
+
+
+def weights_of(weights: Digest | None, fingerprint: str | None, version: Version) -> JsonValue:
+    """What a leaf says of the weights that answered; from version 2 on also what the API says of them."""
+    return weights if version == 1 else {"digest": weights, "fingerprint": fingerprint}
+
+
 def writers_of(model: str, prompt_writer: str | None) -> JsonValue:
     """What a leaf says of who wrote tokens of an example."""
     found: list[JsonValue] = [["answer", model]]
@@ -276,8 +286,10 @@ def writers_of(model: str, prompt_writer: str | None) -> JsonValue:
 class Answer(NamedTuple):
     """What a leaf takes over from a completion: these columns of its table."""
 
+    answer_id: str | None
     created: int
     """Microseconds since 1970."""
+    fingerprint: str | None
     finish_reason: str
     model: str
     prompt_id: Digest

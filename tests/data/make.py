@@ -31,7 +31,8 @@ def run(base: Path) -> None:
         _documents(base, made)
 
 
-def _documents(base: Path, made: Path) -> None:
+def _documents(base: Path, made: Path, *fields: str) -> None:
+    """`fields` of row 3 are disclosed too."""
     from command import call
 
     from limbeck.ledger.canonical import canonical
@@ -45,8 +46,10 @@ def _documents(base: Path, made: Path) -> None:
         ("share",),
         ("spot-check", "--seed", "a beacon", "--draws", "20"),
         ("consistency", "--checkpoint", str(documents / "checkpoint")),
+        *(("disclose", "--row", "3", "--field", field) for field in fields),
     ):
-        result = call("ledger", words[0], str(made), *words[1:], "--out", str(documents / words[0]))
+        out = documents / (words[-1] if words[-1] in fields else words[0])
+        result = call("ledger", words[0], str(made), *words[1:], "--out", str(out))
         if result.exit_code:
             raise SystemExit(result.output)
 
@@ -58,10 +61,14 @@ def written(base: Path) -> None:
 
     made = runs.make_run(base / "run", change=runs.from_seeds, gated=True)
     call("ledger", "note", made, "Rows 1 to 5 read.", "--by", "A. Reader")
-    _documents(base, made)
-    result = call("ledger", "disclose", made, "--row", 3, "--field", "parents", "--out", base / "documents" / "parents")
-    if result.exit_code:
-        raise SystemExit(result.output)
+    _documents(base, made, "parents")
+
+
+def named(base: Path) -> None:
+    """The same with answers of endpoints, alone and in batches, that their providers named."""
+    import asked
+
+    _documents(base, asked.make_run(base / "run"), "response", "weights")
 
 
 def signalled(kind: str) -> Callable[[Path], None]:
@@ -213,6 +220,7 @@ KINDS = {
     "ledger-2-stamped": stamped,
     "ledger-2-endpoints": endpoints,
     "ledger-2-written": written,
+    "ledger-2-named": named,
     "ledger": run,
     "waived": waived,
     "journal": journal,

@@ -1,5 +1,5 @@
-"""More faults of what is handed to strangers: what an example was made from, the version of leaves, and who signed one
-of two checkpoints.
+"""More faults of what is handed to strangers: what an example was made from, how its provider named the answer, the
+version of leaves, and who signed one of two checkpoints.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OLDER = [
         "form" if form == P else "root",
         first="a spot-check of the form" if form == P else "root",
     )
-    for form in (D, "parents", S, P)
+    for form in (D, "parents", "response", S, P)
 ]
 
 
@@ -51,6 +51,27 @@ PARENTS = [
     }.items()
 ]
 
+NAMES = [
+    Fault(name, "response", edit("response", change), "path: root", first="the path leads to root")
+    for name, change in {
+        "another id of the provider's": lambda doc: doc["value"].update(id="chatcmpl-1"),
+        "the provider's id left out": lambda doc: doc["value"].pop("id"),
+        "an answer as leaves of version 1 have it": lambda doc: doc.update(value=doc["value"]["digest"]),
+    }.items()
+] + [
+    Fault(
+        name,
+        P,
+        edit(P, lambda doc, field=field, key=key: doc["rows"][0]["fields"][field].update({key: "another"})),
+        "rows: row",
+        first="fields that the ledger did not commit to",
+    )
+    for name, field, key in (
+        ("another id of the provider's", "response", "id"),
+        ("another fingerprint", "weights", "fingerprint"),
+    )
+]
+
 SIGNERS = [
     Fault(
         f"{which} checkpoint by another key where one is demanded",
@@ -66,4 +87,4 @@ SIGNERS = [
     )
 ]
 
-FAULTS = [*OLDER, *PARENTS, *SIGNERS]
+FAULTS = [*OLDER, *PARENTS, *NAMES, *SIGNERS]

@@ -46,7 +46,8 @@ def later() -> str:
     return runs._prompt(runs.PROMPTS - 1).id
 
 
-def _column(path: Path, name: str, change: Callable[[list[str | None]], None]) -> None:
+def column(path: Path, name: str, change: Callable[[list[str | None]], None]) -> None:
+    """Other texts in a column."""
     table = pq.read_table(path)
     values = table.column(name).to_pylist()
     change(values)
@@ -62,7 +63,7 @@ def in_leaves(edit: Callable[[list, list], list]) -> Callable[[Case], None]:
         own["parents"] = [own["parents"][0], *edit(own["parents"][1:], other["parents"][1:])]
         values[ROW] = json.dumps(own, sort_keys=True, separators=(",", ":"))
 
-    return lambda case: _column(case.run / "leaves.parquet", "fields", change)
+    return lambda case: column(case.run / "leaves.parquet", "fields", change)
 
 
 def in_prompts(edit: Callable[[list, list], list]) -> Callable[[Case], None]:
@@ -72,7 +73,7 @@ def in_prompts(edit: Callable[[list, list], list]) -> Callable[[Case], None]:
         own, other = (json.loads(values[row] or "") for row in (4, 5))
         values[4] = json.dumps(edit(own, other), separators=(",", ":"))
 
-    return lambda case: _column(case.run / "prompts.parquet", "parents", change)
+    return lambda case: column(case.run / "prompts.parquet", "parents", change)
 
 
 def anew(do: Callable[[Case], None], name: str) -> Callable[[Case], None]:
@@ -85,11 +86,11 @@ def anew(do: Callable[[Case], None], name: str) -> Callable[[Case], None]:
     return done
 
 
-def sealed_anew(edit: Callable[[list, list], list]) -> Callable[[Case], None]:
+def sealed_anew(change_leaves: Callable[[Case], None]) -> Callable[[Case], None]:
     """By somebody who has the secret: the leaf and its salts agree with the other value, and all of the ledger."""
 
     def do(case: Case) -> None:
-        in_leaves(edit)(case)
+        change_leaves(case)
         path = case.run / "leaves.parquet"
         with Ledger(case.run / "ledger.db", read_only=True) as ledger:
             sets = leaf_sets(ledger.entries())
@@ -127,7 +128,7 @@ def older_after_newer(case: Case) -> None:
     case.rewrite(change)
 
 
-_PARQUET = "it reads no Parquet, and everything that it reads agrees"
+PARQUET = "it reads no Parquet, and everything that it reads agrees"
 _HASHES = "the hashes of examples have salts: that a number does not fit them shows where they are known"
 FAULTS = [
     *(
@@ -141,10 +142,10 @@ FAULTS = [
     *(
         Fault(
             f"parents of a row of leaves: {how}, all sealed and signed anew",
-            sealed_anew(edit),
+            sealed_anew(in_leaves(edit)),
             "",
             f"leaves.parquet: row {ROW}: parents",
-            unseen=_PARQUET,
+            unseen=PARQUET,
         )
         for how, edit in EDITS.items()
     ),
@@ -154,7 +155,7 @@ FAULTS = [
             anew(in_prompts(edit), "prompts.parquet"),
             "",
             f"leaves.parquet: row {ROW}: parents",
-            unseen=_PARQUET,
+            unseen=PARQUET,
         )
         for how, edit in EDITS.items()
     ),
@@ -163,14 +164,14 @@ FAULTS = [
         anew(in_prompts(EDITS["altered"]), "prompts.parquet"),
         "",
         "prompts.parquet: row 4: parents",
-        unseen=_PARQUET,
+        unseen=PARQUET,
     ),
     Fault(
         "an earlier prompt that comes later",
         anew(in_prompts(lambda own, _: [own[0], own[1] | {"id": later()}]), "prompts.parquet"),
         "",
         "prompts.parquet: row 4: parents",
-        unseen=_PARQUET,
+        unseen=PARQUET,
     ),
     Fault("leaves of an unknown version", version(3), "entry 5: facts: leaves: version", "entry 5: facts: leaves"),
     Fault("leaves of version 0", version(0), "entry 5: facts: leaves: version", "entry 5: facts: leaves"),

@@ -5,15 +5,15 @@ It takes no seed: samples of one prompt differ by chance, and by their number in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import JsonValue
 
 from limbeck import recipe
 from limbeck.collect.contents import Wanted
 from limbeck.collect.endpoints import forms
-from limbeck.collect.endpoints.dialects import NOTHING, Body, Read
-from limbeck.collect.endpoints.reply import MALFORMED, document, error_of, mapping, refusal_reason, text, usage_of
+from limbeck.collect.endpoints.dialects import NOTHING, Body, Read, nothing
+from limbeck.collect.endpoints.reply import MALFORMED, error_of, mapping, refusal_reason, text, usage_of
 from limbeck.collect.teachers import Parsed
 from limbeck.records import Message
 
@@ -66,19 +66,16 @@ class AnthropicMessages:
             body["output_config"] = {"format": {"type": "json_schema", "schema": wanted.json_schema}}
         return body
 
-    def read(self, raw: bytes) -> Read:
+    def read(self, found: Mapping[str, JsonValue]) -> Read:
         """See `Dialect.read`."""
-        found = document(raw)
-        if found is None:
-            return _nothing(MALFORMED)
         if (error := error_of(found)) is not None:
-            return _nothing(refusal_reason(error))
+            return nothing(refusal_reason(error))
         said = mapping(found.get("usage"))
         prompt = [said.get(f"{kind}input_tokens") for kind in ("", "cache_creation_", "cache_read_")]
         usage = usage_of(prompt, said.get("output_tokens"))
         model, blocks, stop = text(found.get("model")), found.get("content"), found.get("stop_reason")
         if not isinstance(blocks, list) or not isinstance(stop, str):
-            return _nothing(MALFORMED, model)._replace(usage=usage)
+            return nothing(MALFORMED, model)._replace(usage=usage)
         counts = (usage.prompt, usage.completion) if usage else (0, 0)
         reasoning = _joined(blocks, "thinking") or None
         calls = forms.read_items(blocks, "tool_use", "id", "input")
@@ -89,7 +86,3 @@ class AnthropicMessages:
 def _joined(blocks: Sequence[JsonValue], kind: str) -> str:
     """What all blocks of a type say; a block has its words under the name of its type."""
     return "".join(text(mapping(block).get(kind)) for block in blocks if mapping(block).get("type") == kind)
-
-
-def _nothing(reason: str, model: str = "") -> Read:
-    return Read(Parsed("", None, reason, model, 0, 0), None)

@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from limbeck import recipe
 from limbeck.collect.contents import Wanted
-from limbeck.collect.endpoints.reply import Usage
+from limbeck.collect.endpoints.reply import MALFORMED, Usage, document, text
 from limbeck.collect.teachers import Parsed
 from limbeck.records import Message
 
@@ -27,8 +27,13 @@ class Read(NamedTuple):
     """None where the provider did not say: then the bill is not known."""
 
 
+def nothing(reason: str, model: str = "") -> Read:
+    """What there is to say of an answer without words, and the reason."""
+    return Read(Parsed("", None, reason, model, 0, 0), None)
+
+
 class Dialect(Protocol):
-    """One API. Laws: `body` is a function of its arguments; `read` of the bytes, and never raises."""
+    """One API. Laws: `body` is a function of its arguments; `read` of the answer, and never raises."""
 
     form: str
     """Names the API and the version of what lies in the journal."""
@@ -47,6 +52,16 @@ class Dialect(Protocol):
         """What is sent; `wanted` are tools and schema. Raises `ValueError` with what it cannot ask."""
         ...
 
-    def read(self, raw: bytes) -> Read:
-        """Text, counts and finish reason. What the API does not promise is `malformed`, and kept."""
+    def read(self, found: Mapping[str, JsonValue]) -> Read:
+        """Text, counts and finish reason of an answer. What the API does not promise is `malformed`, and kept."""
         ...
+
+
+def read_raw(dialect: Dialect, raw: bytes) -> Read:
+    """The same of its bytes, and how the provider names it, which all APIs do alike."""
+    found = document(raw)
+    if found is None:
+        return nothing(MALFORMED)
+    read = dialect.read(found)
+    answer_id, fingerprint = text(found.get("id")) or None, text(found.get("system_fingerprint")) or None
+    return Read(read.parsed._replace(answer_id=answer_id, fingerprint=fingerprint), read.usage)

@@ -12,10 +12,9 @@ from pydantic import JsonValue
 from limbeck import recipe
 from limbeck.collect.contents import Wanted
 from limbeck.collect.endpoints import forms
-from limbeck.collect.endpoints.dialects import NOTHING, Body, Read
+from limbeck.collect.endpoints.dialects import NOTHING, Body, Read, nothing
 from limbeck.collect.endpoints.reply import (
     MALFORMED,
-    document,
     error_of,
     items,
     mapping,
@@ -77,21 +76,18 @@ class OpenAIChat:
             body |= {"logprobs": True, "top_logprobs": settings.logprobs}
         return body
 
-    def read(self, raw: bytes) -> Read:
+    def read(self, found: Mapping[str, JsonValue]) -> Read:
         """See `Dialect.read`."""
-        found = document(raw)
-        if found is None:
-            return _nothing(MALFORMED)
         said = mapping(found.get("usage"))
         usage = usage_of([said.get("prompt_tokens")], said.get("completion_tokens"))
         model, choices = text(found.get("model")), items(found.get("choices"))
         if not choices:
             error = error_of(found)
-            return _nothing(MALFORMED if error is None else refusal_reason(error), model)._replace(usage=usage)
+            return nothing(MALFORMED if error is None else refusal_reason(error), model)._replace(usage=usage)
         choice = mapping(choices[0])
         message = choice.get("message")
         if not isinstance(message, dict):
-            return _nothing(MALFORMED, model)._replace(usage=usage)
+            return nothing(MALFORMED, model)._replace(usage=usage)
         answer, reasoning, reason = _said(message, choice.get("finish_reason"))
         counts = (usage.prompt, usage.completion) if usage else (0, 0)
         calls = forms.read_chat_calls(message.get("tool_calls"))
@@ -116,7 +112,3 @@ def _content(value: JsonValue) -> str:
     if isinstance(value, list):
         return "".join(text(mapping(part).get("text")) for part in value)
     return text(value)
-
-
-def _nothing(reason: str, model: str = "") -> Read:
-    return Read(Parsed("", None, reason, model, 0, 0), None)

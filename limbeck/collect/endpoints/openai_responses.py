@@ -12,10 +12,9 @@ from pydantic import JsonValue
 from limbeck import recipe
 from limbeck.collect.contents import Wanted
 from limbeck.collect.endpoints import forms
-from limbeck.collect.endpoints.dialects import NOTHING, Body, Read
+from limbeck.collect.endpoints.dialects import NOTHING, Body, Read, nothing
 from limbeck.collect.endpoints.reply import (
     MALFORMED,
-    document,
     error_of,
     items,
     mapping,
@@ -65,18 +64,15 @@ class OpenAIResponses:
             body |= {"include": ["message.output_text.logprobs"], "top_logprobs": settings.logprobs}
         return body
 
-    def read(self, raw: bytes) -> Read:
+    def read(self, found: Mapping[str, JsonValue]) -> Read:
         """See `Dialect.read`."""
-        found = document(raw)
-        if found is None:
-            return _nothing(MALFORMED)
         said = mapping(found.get("usage"))
         usage = usage_of([said.get("input_tokens")], said.get("output_tokens"))
         model, output, status = text(found.get("model")), found.get("output"), found.get("status")
         if (error := error_of(found)) is not None:
-            return _nothing(refusal_reason(error), model)._replace(usage=usage)
+            return nothing(refusal_reason(error), model)._replace(usage=usage)
         if not isinstance(output, list) or not isinstance(status, str):
-            return _nothing(MALFORMED, model)._replace(usage=usage)
+            return nothing(MALFORMED, model)._replace(usage=usage)
         answer, refusal = _parts(output, "output_text", "text"), _parts(output, "refusal", "refusal")
         counts = (usage.prompt, usage.completion) if usage else (0, 0)
         reason = "refusal" if refusal else _reason(found, output, status)
@@ -104,7 +100,3 @@ def _reasoning(output: Sequence[JsonValue]) -> str | None:
     whole = _parts(output, "reasoning_text", "text")
     summaries = [mapping(part) for item in output for part in items(mapping(item).get("summary"))]
     return whole or "\n\n".join(said for part in summaries if (said := text(part.get("text")))) or None
-
-
-def _nothing(reason: str, model: str = "") -> Read:
-    return Read(Parsed("", None, reason, model, 0, 0), None)

@@ -12,7 +12,7 @@ from limbeck import recipe
 from limbeck.collect.contents import Wanted, tools_of
 from limbeck.collect.endpoints.anthropic import AnthropicMessages
 from limbeck.collect.endpoints.batch_raw import batch_of, unwrapped
-from limbeck.collect.endpoints.dialects import Dialect, Read
+from limbeck.collect.endpoints.dialects import Dialect, Read, read_raw
 from limbeck.collect.endpoints.openai_chat import OpenAIChat
 from limbeck.collect.endpoints.openai_responses import OpenAIResponses
 from limbeck.collect.endpoints.reply import Usage
@@ -152,7 +152,7 @@ class Endpoint:
 
     def read(self, raw: bytes) -> Read:
         """The same as `parse` and `usage`, together."""
-        read = self.dialect.read(unwrapped(raw))
+        read = read_raw(self.dialect, unwrapped(raw))
         return read if read.parsed.model else Read(read.parsed._replace(model=self.settings.model), read.usage)
 
     def batch(self, raw: bytes) -> str | None:

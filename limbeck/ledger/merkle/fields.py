@@ -54,7 +54,8 @@ def whole_number(value: object) -> object:
 
 
 Version = Annotated[Literal[1, 2], BeforeValidator(whole_number)]
-"""Of an example's leaf. From 2 on its parents are named with their kinds, and those of its prompt are among them."""
+"""Of an example's leaf. From 2 on its parents are named with their kinds, and those of its prompt are among them, and
+it says how the provider names the answer, and the weights that gave it."""
 NEWEST: Version = 2
 """What is written now; the others are read."""
 EXAMPLE: dict[Version, bytes] = {1: b"\x01", 2: b"\x03"}

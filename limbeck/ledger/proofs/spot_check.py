@@ -13,6 +13,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import JsonValue
+
 from limbeck.errors import InputError, Problem
 from limbeck.ledger.canonical import canonical, digest_bytes, digest_json
 from limbeck.ledger.merkle.fields import FIELDS, commit, encode, field_digest, fields_root, salts_of
@@ -144,9 +146,14 @@ def _differs(opened: OpenedRow, manifest: ShareDocument, checked: CheckedShare) 
     if opened.fields["teacher"] != named:
         return f"row {row}: counted for {named}, teacher {opened.fields['teacher']}"
     for name, data in (("request", opened.request), ("response", opened.response)):
-        if data is not None and digest_bytes(unbase64(data)) != opened.fields[name]:
+        if data is not None and digest_bytes(unbase64(data)) != _digest_in(opened.fields[name]):
             return f"row {row}: raw {name} of another digest"
     return ""
+
+
+def _digest_in(value: JsonValue) -> JsonValue:
+    """The digest in a field's value, which may have more beside it, by the version of the leaf."""
+    return value.get("digest") if isinstance(value, dict) else value
 
 
 def _few(rows: list[int]) -> str:
