@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import sqlite3
 import sys
@@ -187,6 +188,14 @@ def test_init_writes_a_recipe_that_loads_and_never_overwrites(tmp_path):
     assert again.exit_code == 2
     assert "will not overwrite" in again.stderr
     assert path.read_text() == text
+
+
+def test_what_init_tells_to_do_next_can_be_pasted_into_a_shell(tmp_path):
+    path = tmp_path / "my first; recipe $HOME.yaml"
+    result = call("init", "--out", path)
+    assert result.exit_code == 0
+    words = shlex.split(result.stdout.rpartition("next: ")[2])
+    assert words == ["limbeck", "run", str(path), "--out", "runs/my-student"]
 
 
 def test_init_explains_every_key_of_the_recipe():
