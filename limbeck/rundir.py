@@ -51,6 +51,12 @@ Collected = Callable[["RunDir", "Recipe"], str]
 
 _WHOSE = ("base_url", "teacher.model")
 """How keys of the recipe end without which an answer is another's."""
+_ASKED = (
+    *("seed", "collect.max_tokens", "collect.temperature", "collect.top_p", "collect.tools", "collect.json_schema"),
+    *("collect.logprobs", "teacher.api", "teacher.extra", "teacher.kind", "teacher.limit_key", "teacher.omit"),
+    *("teacher.path", "teacher.precision"),
+)
+"""Keys, with all below them, that are part of each request: another value is another request."""
 _SHOWN = 4
 """Differences that are shown of a recipe that gave way."""
 
@@ -297,19 +303,23 @@ def _other_recipe(run: RunDir, differ: list[tuple[str, str, str]], told: str, ne
         "use the recipe that made this one, or another --out; answers of another address or model are others, and none "
         "of those in the journal counts for it"
     )
+    otherwise = (
+        "use the recipe that made this one, or another --out; what is asked with another value is asked and paid for "
+        "anew, whatever the journal holds"
+    )
     older = (
         f"go on with the limbeck that made this run{run._made_by()}, which did not know the key, or use another --out; "
         "journal.db* may be copied there, so nothing is paid twice"
     )
-    problems = [
-        Problem(
-            f"{run / 'recipe.yaml'}: {key}",
-            was,
-            now,
-            older if key in new else elsewhere if key.endswith(_WHOSE) else remedy,
-        )
-        for key, was, now in differ
-    ]
+
+    def remedy_of(key: str) -> str:
+        if key in new:
+            return older
+        if key.endswith(_WHOSE):
+            return elsewhere
+        return otherwise if any(f"{key}.".startswith(f"{asked}.") for asked in _ASKED) else remedy
+
+    problems = [Problem(f"{run / 'recipe.yaml'}: {key}", was, now, remedy_of(key)) for key, was, now in differ]
     by = "version of limbeck" if new == {key for key, _, _ in differ} else "recipe"
     summary = f"the RUN directory was made by another {by} (found: there, expected: this {by})"
     return RunDirError(f"{summary}; {told}" if told else summary, problems)

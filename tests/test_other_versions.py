@@ -1,4 +1,4 @@
-"""A RUN that another version of limbeck made: its recipe lacks keys of this one, or has keys unknown here."""
+"""A RUN that another version of limbeck made, or another recipe: what is refused, and what the remedy may promise."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import runs
+from asking import made
 from command import call
 from pydantic import JsonValue
 
 from limbeck import __version__
+from limbeck.collect.teachers import make_teacher
 from limbeck.errors import RunDirError
 from limbeck.ledger import verify
 from limbeck.recipe import Recipe
+from limbeck.records import Message, Prompt, Split
 from limbeck.rundir import open_run, refuse_unfit
 
 
@@ -94,3 +97,36 @@ def test_what_is_no_recipe_at_all_is_told_in_one_problem(tmp_path: Path, text: s
     assert result.exit_code == 2
     assert result.stderr.count("found:") == 1
     assert str(run / "recipe.yaml") in result.stderr
+
+
+def keys_of(recipe: Recipe) -> set[str]:
+    """What the journal knows a request by."""
+    asked = (Message(role="user", content="What is 1?"),)
+    prompt = Prompt(id=Prompt.id_of(asked), messages=asked, source="p", licence="MIT", split=Split.TRAIN)
+    return {make_teacher(one, recipe.collect, recipe.seed).request(prompt, 0).key for one in recipe.teachers}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seed", 5), ("name", "b"), ("teacher.base_url", "http://b.invalid/v1"), ("teacher.model", "b"),
+     ("teacher.omit", ["seed"]), ("teacher.extra", {"reasoning_effort": "low"}), ("teacher.api", "responses"),
+     ("teacher.limit_key", "max_completion_tokens"), ("teacher.terms", "unknown"), ("teacher.route", "router"),
+     ("teacher.price", {"input": 1, "output": 1}), ("teacher.timeout", 5), ("teacher.attempts", 2),
+     ("collect.max_tokens", 9), ("collect.temperature", 0.1), ("collect.top_p", 0.5), ("collect.logprobs", 3),
+     ("collect.json_schema", {"type": "object"}), ("collect.concurrency", 3), ("collect.samples", 2),
+     ("collect.budget", {"money": 3}), ("train.epochs", 7), ("evaluate.held_out", 1)],
+)  # fmt: skip
+def test_a_remedy_promises_that_nothing_is_paid_twice_where_the_journal_knows_the_requests(
+    tmp_path: Path, key: str, value: JsonValue
+):
+    first = made("http://a.invalid", {"kind": "file", "path": str(tmp_path / "p.jsonl")})
+    values = first.model_dump(mode="json")
+    part, _, name = key.rpartition(".")
+    (values[part] if part else values)[name] = value
+    other = Recipe.model_validate(values)
+    with open_run(tmp_path / "run", first):
+        (tmp_path / "run" / "completions.parquet").touch()  # something was collected
+    with pytest.raises(RunDirError) as refused:
+        refuse_unfit(tmp_path / "run", other)
+    promised = all("so nothing is paid twice" in problem.remedy for problem in refused.value.problems)
+    assert promised == (keys_of(first) == keys_of(other))

@@ -127,7 +127,7 @@ def estimate(
         Path | None, typer.Option("--out", metavar="RUN", help="Directory whose journal gets the pilot's answers.")
     ] = None,
     pilot: Annotated[
-        int, typer.Option("--pilot", metavar="N", help="Ask N of the prompts, and project from them.")
+        int, typer.Option("--pilot", min=0, metavar="N", help="Ask N of the prompts, and project from them.")
     ] = 0,
     overrides: _Set = None,
     as_json: _Json = False,
