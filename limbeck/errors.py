@@ -122,7 +122,8 @@ def as_disk_full(error: BaseException, root: str | os.PathLike[str]) -> DiskFull
     place = os.fspath(getattr(error, "filename", None) or root)
     try:
         stat = os.statvfs(root)
-        free = f"{stat.f_bavail * stat.f_frsize:,} bytes free under {os.fspath(root)}"
+        # Asked after what was half written has been removed: this much was too little.
+        free = f"{stat.f_bavail * stat.f_frsize:,} bytes free under {os.fspath(root)} were too few"
     except OSError:
         free = f"free space under {os.fspath(root)} unknown"
     problem = Problem(

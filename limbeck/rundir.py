@@ -24,14 +24,16 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
+from pydantic import ValidationError
 
-from limbeck.errors import Problem, RunDirError
+from limbeck.errors import LimbeckError, Problem, RunDirError
 from limbeck.progress import Progress
 
 if TYPE_CHECKING:
@@ -49,6 +51,12 @@ Collected = Callable[["RunDir", "Recipe"], str]
 
 _WHOSE = ("base_url", "teacher.model")
 """How keys of the recipe end without which an answer is another's."""
+_ASKED = (
+    *("seed", "collect.max_tokens", "collect.temperature", "collect.top_p", "collect.tools", "collect.json_schema"),
+    *("collect.logprobs", "teacher.api", "teacher.extra", "teacher.kind", "teacher.limit_key", "teacher.omit"),
+    *("teacher.path", "teacher.precision"),
+)
+"""Keys, with all below them, that are part of each request: another value is another request."""
 _SHOWN = 4
 """Differences that are shown of a recipe that gave way."""
 
@@ -126,12 +134,47 @@ class RunDir:
                     ),
                 ],
             )
+        data = self._written()
         try:
-            return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (yaml.YAMLError, ValueError) as error:
-            found = " ".join(str(error).split())[:300]
-            problem = Problem(str(path), found, "the recipe as the run resolved it", "put back the file as it was")
-            raise RunDirError("the recipe of this run cannot be read", [problem]) from error
+            return Recipe.model_validate(data)
+        except ValidationError as error:
+            from limbeck.recipe_problems import dotted, problems
+
+            if not isinstance(data, dict):
+                raise _unreadable(path, f"{type(data).__name__}, not a mapping of keys to values") from error
+            found = problems(error.errors(include_url=False), data, lambda keys: f"{path}: {dotted(keys)}".rstrip(": "))
+            remedy = f"use the limbeck that made this run{self._made_by()}, or put back the file as the run wrote it"
+            told = [problem._replace(remedy=remedy) for problem in found]
+            raise RunDirError("the recipe of this run is none that this version of limbeck knows", told) from error
+
+    def _written(self) -> object:
+        """The value of recipe.yaml, as it lies there. Raises `RunDirError` where it cannot be read."""
+        path = self / "recipe.yaml"
+        try:
+            return yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+            raise _unreadable(path, " ".join(str(error).split())[:300]) from error
+
+    def _made_by(self) -> str:
+        """Which versions of limbeck the ledger names, in brackets; empty where it names none."""
+        from limbeck.ledger.store import Ledger, is_empty
+
+        try:
+            if is_empty(self / "ledger.db"):
+                return ""
+            with Ledger(self / "ledger.db", read_only=True) as ledger:
+                named = dict.fromkeys(
+                    f"{entry.limbeck}{f' at commit {entry.commit[:12]}' if entry.commit else ''}"
+                    for entry in ledger.entries()
+                )
+        except (LimbeckError, sqlite3.Error):  # what the ledger lacks is said by who reads it for its own sake
+            return ""
+        return f" ({', '.join(named)})" if named else ""
+
+
+def _unreadable(path: Path, found: str) -> RunDirError:
+    problem = Problem(str(path), found, "the recipe as the run resolved it", "put back the file as it was")
+    return RunDirError("the recipe of this run cannot be read", [problem])
 
 
 @contextmanager
@@ -182,12 +225,14 @@ def _gives_way(run: RunDir, recipe: Recipe, collected: Collected | None) -> bool
     stages = _stages(run)
     if stages == set():
         return True
-    there = run.recipe()
-    if not (differ := differences(there.model_dump(mode="json"), recipe.model_dump(mode="json"))):
+    there, here = run.recipe(), recipe.model_dump(mode="json")
+    # As it lies there: every entry names the digest of that, which a key that is new in this version changes.
+    if not (differ := differences(run._written(), here)):
         return False
     told = collected(run, there) if collected is not None else ""
     if stages != {"prompts"} or collected is None or told:
-        raise _other_recipe(run, differ, told)
+        same = {key for key, _, _ in differ} - {key for key, _, _ in differences(there.model_dump(mode="json"), here)}
+        raise _other_recipe(run, differ, told, same)
     shown = "; ".join(f"{key} was {was}, is {now}" for key, was, now in differ[:_SHOWN])
     more = f"; and {len(differ) - _SHOWN} more" if len(differ) > _SHOWN else ""
     said = f"{run.root}: nothing was collected by the recipe that lay there; this one takes its place: {shown}{more}"
@@ -249,7 +294,8 @@ def _hold(lock, root: Path) -> None:
     lock.flush()
 
 
-def _other_recipe(run: RunDir, differ: list[tuple[str, str, str]], told: str) -> RunDirError:
+def _other_recipe(run: RunDir, differ: list[tuple[str, str, str]], told: str, new: set[str]) -> RunDirError:
+    """`new` are the keys that say the same, but were not known to the version that made the run."""
     remedy = (
         "use the recipe that made this one, or another --out; journal.db* may be copied there, so nothing is paid twice"
     )
@@ -257,11 +303,25 @@ def _other_recipe(run: RunDir, differ: list[tuple[str, str, str]], told: str) ->
         "use the recipe that made this one, or another --out; answers of another address or model are others, and none "
         "of those in the journal counts for it"
     )
-    problems = [
-        Problem(f"{run / 'recipe.yaml'}: {key}", was, now, elsewhere if key.endswith(_WHOSE) else remedy)
-        for key, was, now in differ
-    ]
-    summary = "the RUN directory was made by another recipe (found: there, expected: this recipe)"
+    otherwise = (
+        "use the recipe that made this one, or another --out; what is asked with another value is asked and paid for "
+        "anew, whatever the journal holds"
+    )
+    older = (
+        f"go on with the limbeck that made this run{run._made_by()}, which did not know the key, or use another --out; "
+        "journal.db* may be copied there, so nothing is paid twice"
+    )
+
+    def remedy_of(key: str) -> str:
+        if key in new:
+            return older
+        if key.endswith(_WHOSE):
+            return elsewhere
+        return otherwise if any(f"{key}.".startswith(f"{asked}.") for asked in _ASKED) else remedy
+
+    problems = [Problem(f"{run / 'recipe.yaml'}: {key}", was, now, remedy_of(key)) for key, was, now in differ]
+    by = "version of limbeck" if new == {key for key, _, _ in differ} else "recipe"
+    summary = f"the RUN directory was made by another {by} (found: there, expected: this {by})"
     return RunDirError(f"{summary}; {told}" if told else summary, problems)
 
 

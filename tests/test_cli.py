@@ -222,6 +222,17 @@ def test_a_place_that_may_not_be_written_is_bad_input(recipe_path, tmp_path, stu
     assert str(tmp_path / "file" / "run") in result.stderr
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+def test_a_place_that_cannot_come_to_be_is_bad_input_and_a_file_missing_below_it_a_bug(recipe_path, tmp_path, stub):
+    stub(lambda recipe, out, **_: Path(out).mkdir(parents=True))
+    for command in ("run", "collect"):
+        result = call(command, recipe_path, "--out", "/proc/nothing/run")
+        assert result.exit_code == 2, result.exception
+        assert "/proc/nothing" in result.stderr
+    stub(lambda recipe, out, **_: (Path(out) / "lost.json").read_text())
+    assert isinstance(call("run", recipe_path, "--out", tmp_path).exception, FileNotFoundError)
+
+
 def test_a_failed_check_is_exit_code_1(recipe_path, tmp_path, stub):
     stub(raising(VerificationError("the ledger was changed")))
     result = call("train", recipe_path, "--out", tmp_path / "run")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import sqlite3
 import sys
@@ -146,6 +148,31 @@ def test_verify_exit_codes_and_messages(tmp_path):
     assert call("ledger", "verify", tmp_path).exit_code == 2
 
 
+@pytest.mark.parametrize("command", ["disclose --row 0 --field terms", "share", "checkpoint", "salts"])
+def test_what_is_written_for_others_is_whole_or_not_there(tmp_path, command, monkeypatch):
+    run, place = runs.make_run(tmp_path / "run"), tmp_path / "new" / "dir" / "file"
+    name, *more = command.split()
+    words = ["ledger", name, run, *more, "--out"]
+    lies_there = call(*words, tmp_path / "run" / "recipe.yaml" / "x")
+    assert (lies_there.exit_code, "Traceback" in lies_there.output) == (2, False), lies_there.exception
+    monkeypatch.setattr("limbeck.cli.ledger.os.fdopen", full)
+    assert call(*words, place).exit_code == 2
+    assert not place.exists()
+    monkeypatch.undo()
+    assert call(*words, place).exit_code == 0
+    whole = place.read_bytes()
+    assert whole
+    assert call(*words, place).exit_code == 2
+    assert place.read_bytes() == whole
+
+
+def full(handle: int, mode: str):
+    """A file on a disk that is full after its first bytes."""
+    os.write(handle, b"half")
+    os.close(handle)
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_log_lists_entries_and_refuses_a_changed_ledger(tmp_path):
     run = runs.make_run(tmp_path / "run")
     entries = json.loads(call("ledger", "log", run, "--json").stdout)
@@ -187,6 +214,14 @@ def test_init_writes_a_recipe_that_loads_and_never_overwrites(tmp_path):
     assert again.exit_code == 2
     assert "will not overwrite" in again.stderr
     assert path.read_text() == text
+
+
+def test_what_init_tells_to_do_next_can_be_pasted_into_a_shell(tmp_path):
+    path = tmp_path / "my first; recipe $HOME.yaml"
+    result = call("init", "--out", path)
+    assert result.exit_code == 0
+    words = shlex.split(result.stdout.rpartition("next: ")[2])
+    assert words == ["limbeck", "run", str(path), "--out", "runs/my-student"]
 
 
 def test_init_explains_every_key_of_the_recipe():

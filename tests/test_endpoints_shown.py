@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,13 @@ import tiny
 import yaml
 from asking import ask, file_of, made
 from command import call
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from limbeck.cli.show import as_text, standing
 from limbeck.collect.collect import collect
 from limbeck.collect.endpoints.account import by_kind
+from limbeck.collect.endpoints.prices import cap_words
 from limbeck.collect.journal import Journal
 from limbeck.collect.prompts import gather
 from limbeck.ledger.canonical import digest_path
@@ -111,6 +115,16 @@ def test_a_log_gets_its_lines_also_while_nothing_comes_back(tmp_path: Path, monk
     assert all(text.startswith("collect: 0/8 answers") and "8 at once" in text for text in silent[1:])
     assert all("of $3.00" in text for text in silent)
     assert silent[0] == f"collect: 8 answers of toy at {server.url}/v1, for at most the cap of $3.00"
+
+
+@given(st.decimals(min_value="0.000000000001", max_value=10**4, places=12))
+@example(Decimal(3))
+@example(Decimal("0.0002"))
+def test_a_cap_is_shown_to_its_last_digit(cap: Decimal):
+    """By whoever reads it back; at least cents."""
+    shown = cap_words(float(cap))
+    assert float(shown.removeprefix("$").replace(",", "")) == float(cap)
+    assert re.fullmatch(r"\$[0-9,]+\.(\d\d|\d\d\d*[1-9])", shown)
 
 
 def test_what_was_wasted_is_summed_by_kind_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -124,7 +124,7 @@ WRONG_LINES = {
     b'{"prompt": "a", "x": "\xed\xa0\x80"}': "not UTF-8",
     b'{"prompt": "half \\ud800"}': "half of a character, \\ud800",
     b'{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}': "both messages and prompt",
-    b'{"messages": []}': "messages: []",
+    b'{"messages": []}': "messages: []\n    expected: at least the user's message",
     b'{"messages": "hello"}': "messages: hello",
     b'{"messages": "{}"}': "messages: {}",
     b'{"messages": {"role": "user", "content": "b"}}': 'messages: {"role"',

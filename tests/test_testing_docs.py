@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import typer
 import yaml
 from test_testing_faults import body, post
+from typer.testing import CliRunner
 
 from limbeck.testing import Bill, Charge, Faults, Limit, Model, Settings
+from limbeck.testing.__main__ import main as serve
 from limbeck.testing.faults import Fault
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "testing.md"
@@ -51,6 +54,15 @@ def test_the_commands_shown_serve(command, tmp_path):
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(10)
+
+
+@pytest.mark.parametrize("option", [["--words", "0"], ["--delay", "-1"], ["--port", "70000"], ["--port", "-1"]])
+def test_an_option_out_of_its_range_is_named(option):
+    app = typer.Typer()
+    app.command()(serve)
+    result = CliRunner().invoke(app, option)
+    assert result.exit_code == 2
+    assert option[0] in result.output
 
 
 def test_the_example_runs(capsys):

@@ -21,6 +21,7 @@ errors and progress to standard error; progress is shown on a terminal only.
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -50,7 +51,6 @@ app = typer.Typer(
 )
 app.add_typer(terms.app, name="terms")
 app.add_typer(ledger.app, name="ledger")
-app.command()(export.export)
 _ = proofs  # adds its commands to `limbeck ledger`
 
 _RecipePath = Annotated[
@@ -127,7 +127,7 @@ def estimate(
         Path | None, typer.Option("--out", metavar="RUN", help="Directory whose journal gets the pilot's answers.")
     ] = None,
     pilot: Annotated[
-        int, typer.Option("--pilot", metavar="N", help="Ask N of the prompts, and project from them.")
+        int, typer.Option("--pilot", min=0, metavar="N", help="Ask N of the prompts, and project from them.")
     ] = 0,
     overrides: _Set = None,
     as_json: _Json = False,
@@ -143,7 +143,8 @@ def estimate(
     from limbeck.recipe_file import load_recipe
 
     journal = None if out is None else out / "journal.db"
-    found = find(load_recipe(recipe, overrides or ()), pilot=pilot, journal=journal, progress=Progress.terminal())
+    with writing(Path() if out is None else out):
+        found = find(load_recipe(recipe, overrides or ()), pilot=pilot, journal=journal, progress=Progress.terminal())
     typer.echo(found.to_json() if as_json else as_text(found))
 
 
@@ -243,7 +244,7 @@ def init(
 
     with writing(out.parent):
         write_starter(out, name=name, teacher=teacher, terms=terms)
-    typer.echo(f"wrote {out}; next: limbeck run {out} --out runs/{name}")
+    typer.echo(f"wrote {out}; next: limbeck run {shlex.quote(str(out))} --out runs/{name}")
 
 
 @app.command()
@@ -253,6 +254,9 @@ def doctor(as_json: _Json = False) -> None:
 
     findings = examine()
     typer.echo(to_json(findings) if as_json else as_text(findings))
+
+
+app.command()(export.export)  # here, so that --help lists it after what has to be done before it
 
 
 def main() -> None:

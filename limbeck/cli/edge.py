@@ -8,6 +8,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -83,7 +84,7 @@ def writing(
     except Exception as error:
         if full := as_disk_full(error, root):
             raise full from error
-        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
+        if isinstance(error, OSError) and (error.errno in _NOT_WRITABLE or _no_place(error, root)):
             raise RunDirError(
                 "cannot write",
                 [
@@ -96,6 +97,15 @@ def writing(
                 ],
             ) from error
         raise
+
+
+def _no_place(error: OSError, root: str | os.PathLike[str]) -> bool:
+    """Whether the place itself, or a directory above it, could not be made, as under /proc; a file that is missing
+    below it is another matter.
+    """
+    whole = os.path.abspath(root)
+    named = error.filename if isinstance(error.filename, str | os.PathLike) else None
+    return error.errno == errno.ENOENT and named is not None and Path(whole).is_relative_to(os.path.abspath(named))
 
 
 def printable(text: str) -> str:

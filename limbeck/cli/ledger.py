@@ -228,17 +228,25 @@ def _trust(stamp: Stamp | None, authority: Path | None) -> str:
 
 
 def write_new(path: Path, data: bytes, *, private: bool = False) -> None:
-    """A new file; what is there is left alone."""
+    """A new file, whole or not at all, its directory made if it is not there; what is there is left alone."""
     from limbeck.errors import InputError, Problem
 
     with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
         except FileExistsError:
             problem = Problem(str(path), "a file", "nothing there yet", "use another name, or remove it")
             raise InputError("would overwrite a file", [problem]) from None
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
+        except FileNotFoundError:
+            problem = Problem(str(path), "no file can be made there", "a place that may be written", "use another name")
+            raise InputError("cannot write", [problem]) from None
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def as_json_text(values: object) -> str:

@@ -238,8 +238,12 @@ def _gate_rows(result: Standing) -> list[tuple[str, ...]]:
 
 
 def _collecting_rows(told: Collecting) -> list[tuple[str, ...]]:
+    from limbeck.collect.journal import KILLED
+
     rows: list[tuple[str, ...]] = [("not all collected", "answers", f"{told.answers:,} in {told.journal}")]
-    rows += [("", f"requests: {outcome}", f"{count:,}") for outcome, count in sorted(told.requests.items())]
+    for outcome, count in sorted(told.requests.items()):
+        # Seen from outside, what is under way and what a kill left are the same.
+        rows.append(("", f"requests: {'under way or killed' if outcome == KILLED else outcome}", f"{count:,}"))
     if told.requests:
         rows.append(("", "US dollars at most", _dollars(told.spent_dollars)))
     known = told.spent_dollars is not None

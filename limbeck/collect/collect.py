@@ -102,8 +102,10 @@ def _beginning(recipe: Recipe, total: int) -> str:
     asked = ", ".join(
         f"{t.name} at {t.base_url}" if isinstance(t, EndpointTeacher) else t.name for t in recipe.teachers
     )
+    from limbeck.collect.endpoints.prices import cap_words
+
     cap = recipe.collect.budget.money
-    return f"collect: {total:,} answers of {asked}{'' if cap is None else f', for at most the cap of ${cap:,.2f}'}"
+    return f"collect: {total:,} answers of {asked}{'' if cap is None else f', for at most the cap of {cap_words(cap)}'}"
 
 
 @contextmanager

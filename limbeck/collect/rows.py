@@ -94,10 +94,11 @@ def chat_of(name: str, value: Sequence[JsonValue], base: Path = Path()) -> tuple
         messages.append(message)
     if messages and messages[-1].tool_call_id is not None:
         return tuple(messages)
-    if not messages or messages[-1].role != "user":
-        last = f"{name} ends with a message of {messages[-1].role}" if messages else f"{name}: []"
+    if not messages:
+        return Wrong(f"{name}: []", "at least the user's message", "fill it in, or remove the row")
+    if messages[-1].role != "user":
         return Wrong(
-            last,
+            f"{name} ends with a message of {messages[-1].role}",
             "a last message of the user, for the teacher to answer",
             "remove what follows the user's message",
         )

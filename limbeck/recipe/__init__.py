@@ -252,7 +252,7 @@ class Recipe(Part):
     """Everything a run depends on."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=96)]
-    """Names the student."""
+    """Names the student: letters of A to Z, digits, `.`, `_` and `-`."""
     seed: Annotated[int, Field(ge=0, lt=2**53), WHOLE] = 0
     """All randomness of the run derives from it."""
     use: Use = Use()

@@ -16,11 +16,11 @@ from limbeck.testing.settings import Settings
 
 
 def main(
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")] = 8000,
     faults: Annotated[Path | None, typer.Option(help="YAML file with faults and rate limits.")] = None,
     settings: Annotated[Path | None, typer.Option(help="YAML file with models, prices, keys, quota.")] = None,
-    delay: Annotated[float | None, typer.Option(help="Seconds from a request to its answer.")] = None,
-    words: Annotated[int | None, typer.Option(help="Words of an answer; a word is a token.")] = None,
+    delay: Annotated[float | None, typer.Option(min=0, help="Seconds from a request to its answer.")] = None,
+    words: Annotated[int | None, typer.Option(min=1, help="Words of an answer; a word is a token.")] = None,
 ) -> None:
     """Serve the OpenAI and Anthropic APIs on 127.0.0.1, with a bill at /bill, until interrupted.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from limbeck.collect.endpoints.prices import dollars
+from limbeck.collect.endpoints.prices import cap_words, dollars
 from limbeck.progress import Line
 
 
@@ -47,7 +47,7 @@ class BatchStatus:
         """Spend and cap, batches and how far they are, rows without an answer by kind."""
         parts = []
         if self._priced:
-            cap = f" of ${dollars(self._cap):,.2f}" if self._cap is not None else ""
+            cap = f" of {cap_words(dollars(self._cap))}" if self._cap is not None else ""
             parts.append(f"${dollars(self.spent):,.4f}{cap}")
         if self._open:
             states = Counter(state for state, *_ in self._open.values())

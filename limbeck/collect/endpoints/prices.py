@@ -56,6 +56,12 @@ def batch_prices_of(settings: recipe.EndpointTeacher, share: float) -> Prices | 
     )
 
 
+def cap_words(dollars: float) -> str:
+    """A cap in words, to the cent, or with as many digits as it has: one of less than a cent is not $0.00."""
+    exact = Decimal(str(dollars)).normalize().as_tuple().exponent
+    return f"${dollars:,.{max(2, -int(exact))}f}"
+
+
 def dollars(picodollars: int) -> float:
     """US dollars, for people and for the ledger."""
     return picodollars / PICO

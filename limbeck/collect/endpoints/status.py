@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-from limbeck.collect.endpoints.prices import dollars
+from limbeck.collect.endpoints.prices import cap_words, dollars
 from limbeck.progress import Line
 
 _EVERY = 0.2
@@ -47,7 +47,7 @@ class Status:
         """Spend and cap, requests under way, errors by kind."""
         money = []
         if self._priced:
-            cap = f" of ${dollars(self._cap):,.2f}" if self._cap is not None else ""
+            cap = f" of {cap_words(dollars(self._cap))}" if self._cap is not None else ""
             money = [f"${dollars(self.spent):,.4f}{cap}"]
         errors = [f"{kind} ×{count}" for kind, count in self.errors.most_common(4)]
         return ", ".join([*money, f"{self.active} at once", *errors])
