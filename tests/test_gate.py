@@ -20,13 +20,13 @@ import limbeck
 from limbeck.collect.collect import collect
 from limbeck.errors import InputError, RecipeError, RefusedError
 from limbeck.ledger.signing.envelope import sign
-from limbeck.recipe import Recipe, Use
+from limbeck.recipe import Recipe, Use, teachers
 from limbeck.render.examples import ExampleSet, read_examples, write_examples
 from limbeck.rundir import RunDir
 from limbeck.terms import stage
 from limbeck.terms.gate import Outcome
 from limbeck.terms.rulings import rulings_of
-from limbeck.terms.terms import OWN_MODEL
+from limbeck.terms.terms import OWN_MODEL, register
 from limbeck.terms.token import TokenFile, require_token
 
 TODAY = dt.date(2026, 11, 24)
@@ -95,6 +95,43 @@ def test_one_models_weights_are_under_other_terms_by_its_makers_api(tmp_path):
     assert "the route does not match" in refused
     assert "route maker-api, and these terms are about self-hosted" in refused
     assert "refused under" not in refused  # no clause was looked at
+
+
+def test_a_known_host_is_under_its_own_holders_terms_whatever_a_recipe_says(tmp_path):
+    deepseek = "deepseek/api/2026-04-29"
+    day = ("--day", "2026-11-24")
+
+    def verdict(url: str, terms: str, **more: str) -> tuple[str, str]:
+        path = written(tmp_path, values(tmp_path, openai("one", terms, url) | more))
+        told = json.loads(call("terms", "check", path, *day, "--json").stdout)
+        return told["verdict"], told["reason"]
+
+    assert verdict("https://api.deepseek.com/v1", deepseek)[0] == "allowed"
+    said, why = verdict("https://api.openai.com/v1", deepseek)
+    assert said == "unknown"
+    assert "api.openai.com is under terms of openai" in why
+    # Neither does a declared route turn an API into weights of one's own, nor weights into an API.
+    said, why = verdict("https://api.openai.com/v1", OWN_MODEL, route="self-hosted")
+    assert said == "unknown"
+    assert "openai" in why
+    said, why = verdict("https://openrouter.ai/api/v1", deepseek, route="maker-api")
+    assert said == "unknown"
+    assert "openrouter" in why
+    # Of a host that nobody knows, the recipe's word is all there is.
+    assert verdict("https://llm.example.com/v1", deepseek, route="maker-api")[0] == "allowed"
+    refused = call(
+        "run",
+        written(tmp_path, values(tmp_path, openai("one", deepseek, "https://api.x.ai/v1"))),
+        "--out",
+        tmp_path / "run",
+    )
+    assert refused.exit_code == 1
+    assert "api.x.ai is under terms of xai" in " ".join(refused.output.split())
+
+
+def test_every_known_host_is_one_of_a_holder_in_the_register():
+    holders = {terms_id.partition("/")[0] for terms_id in register()}
+    assert {*teachers._MAKERS.values(), *teachers._ROUTERS.values()} <= holders
 
 
 def test_the_name_begins_as_the_licence_asks(tmp_path):

@@ -19,8 +19,9 @@ class CodeVersion(NamedTuple):
 
 @functools.cache
 def code_version() -> CodeVersion:
-    """Version of limbeck and, where it runs from a git checkout, commit and whether files there differ from
-    it. Asked once a process: what was loaded then is what runs. Never fails.
+    """Version of limbeck and, where it runs from a git checkout, commit and whether files of the package differ from
+    it or were added: what else lies in the checkout does not run. Asked once a process: what was loaded then is what
+    runs. Never fails.
     """
     from limbeck import __version__ as release
 
@@ -28,7 +29,8 @@ def code_version() -> CodeVersion:
     # A virtual environment may lie in somebody else's checkout; only one that tracks this very file is ours.
     if _git(package, "ls-files", "--error-unmatch", "--", "__init__.py") is None:
         return CodeVersion(release, None, None)
-    commit, status = _git(package, "rev-parse", "--verify", "HEAD"), _git(package, "status", "--porcelain")
+    commit = _git(package, "rev-parse", "--verify", "HEAD")
+    status = _git(package, "status", "--porcelain", "--", ".")
     return CodeVersion(release, commit, None if status is None or commit is None else bool(status))
 
 

@@ -19,17 +19,20 @@ from limbeck.recipe.parts import NonNegativeFloat, Part, PositiveFloat, Positive
 
 Route = Literal["auto", "self-hosted", "maker-api", "router"]
 
-_MAKERS = frozenset({
-    "api.anthropic.com", "api.cohere.com", "api.deepseek.com", "api.minimax.io", "api.mistral.ai", "api.moonshot.ai",
-    "api.openai.com", "api.x.ai", "api.z.ai", "dashscope-intl.aliyuncs.com", "generativelanguage.googleapis.com",
-})  # fmt: skip
+_MAKERS = {
+    "api.anthropic.com": "anthropic", "api.cohere.com": "cohere", "api.deepseek.com": "deepseek",
+    "api.minimax.io": "minimax", "api.mistral.ai": "mistral", "api.moonshot.ai": "moonshot", "api.openai.com": "openai",
+    "api.x.ai": "xai", "api.z.ai": "zai", "dashscope-intl.aliyuncs.com": "alibaba",
+    "generativelanguage.googleapis.com": "google",
+}  # fmt: skip
+"""Hosts of makers' own APIs, and what ids of the makers' terms begin with."""
 _NEEDED = frozenset({
     "model", "messages", "input", "system", "max_tokens", "max_completion_tokens", "max_output_tokens",
 })  # fmt: skip
 """Keys of a request without which it is another request, or one that may cost anything."""
 _OURS = _NEEDED | {"n", "seed", "stream", "temperature", "top_p"}
 """Keys of a request that `extra` may not set."""
-_ROUTERS = frozenset({"openrouter.ai"})
+_ROUTERS = {"openrouter.ai": "openrouter"}
 
 
 class LocalTeacher(Part):
@@ -206,6 +209,11 @@ def route_of(address: str) -> str:
     if is_local(host):
         return "self-hosted"
     return "maker-api" if host in _MAKERS else "router" if host in _ROUTERS else "unknown"
+
+
+def holder_of(address: str) -> str | None:
+    """Whose terms an address is known to be under: what their ids begin with. None where it is not known."""
+    return (_MAKERS | _ROUTERS).get(urlsplit(address).hostname or "")
 
 
 def is_local(host: str) -> bool:

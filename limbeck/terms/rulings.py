@@ -21,7 +21,7 @@ from limbeck.errors import Problem
 from limbeck.recipe import Recipe, Use
 from limbeck.records import Digest
 from limbeck.terms.gate import STRICTNESS, Outcome, Ruling, rule_route, strictest
-from limbeck.terms.sources import Role, Source, days_ahead
+from limbeck.terms.sources import Role, Source, days_ahead, told_otherwise
 from limbeck.terms.terms import OWN_MODEL, Obligation
 from limbeck.terms.waivers import Waiver, apply_waivers, read_waivers
 
@@ -142,6 +142,7 @@ def judge(recipe: Recipe, sources: Sequence[Source], day: dt.date, *, counts: Co
     ahead = days_ahead(recipe, day)
     plain = [rule_route(s.terms, recipe.use, s.day, s.route) for s in sources]
     plain = [_not_yet(one, ahead[s], day) if s in ahead else one for s, one in zip(sources, plain, strict=True)]
+    plain = [_contradicted(one, told_otherwise(recipe, s)) for s, one in zip(sources, plain, strict=True)]
     after = apply_waivers(plain, recipe.use, read_waivers(recipe), day)
     ruled = tuple(
         Ruled(
@@ -162,6 +163,13 @@ def judge(recipe: Recipe, sources: Sequence[Source], day: dt.date, *, counts: Co
     )
     used = {waiver.digest: waiver for waiver in after.used if waiver}
     return Judged(ruled=ruled, waivers=tuple(used.values()), unfit=tuple(after.unfit))
+
+
+def _contradicted(ruling: Ruling, told: str | None) -> Ruling:
+    """What is said of terms or route does not count against a host that is known; which terms hold is unknown then."""
+    if told is None or not ruling.passes:
+        return ruling
+    return ruling._replace(verdict=Outcome.UNKNOWN, reason=told, obligations=())
 
 
 def _not_yet(ruling: Ruling, said: dt.date, day: dt.date) -> Ruling:

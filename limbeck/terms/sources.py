@@ -15,12 +15,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import pyarrow.parquet as pq
 
 from limbeck.recipe import EndpointTeacher, FileTeacher, LocalTeacher, Recipe, SelfPrompt
 from limbeck.recipe.prompts import WrittenPrompts, rows_of
-from limbeck.recipe.teachers import route_of
+from limbeck.recipe.teachers import holder_of, route_of
 from limbeck.terms.terms import OWN_MODEL, UNKNOWN, find
 
 Role = Literal["answer", "prompt", "signal"]
@@ -129,6 +130,28 @@ def days_ahead(recipe: Recipe, today: dt.date) -> dict[Source, dt.date]:
         Source("answer", t.name, t.terms, t.route, t.generated) for t in recipe.teachers if isinstance(t, FileTeacher)
     ]
     return {s: s.day for s in [*found, *prompt_files(recipe).values()] if s.day is not None and s.day > today}
+
+
+def told_otherwise(recipe: Recipe, source: Source) -> str | None:
+    """How the address that a source is reached at contradicts what the recipe says of it; None where nothing does.
+
+    Hosts that are known belong to one holder of terms and one route, whatever a recipe says.
+    """
+    address = _address(recipe, source)
+    if address is None or (holder := holder_of(address)) is None:
+        return None
+    host, route = urlsplit(address).hostname, route_of(address)
+    if source.terms != UNKNOWN and source.terms.partition("/")[0] != holder:
+        return f"{host} is under terms of {holder}, and these are not"
+    return None if source.route == route else f"{host} is reached by the route {route}, and the recipe says another"
+
+
+def _address(recipe: Recipe, source: Source) -> str | None:
+    server = recipe.signal.server if recipe.signal.kind == "top_k" else None
+    if source.role == "signal" and server is not None:
+        return server.base_url
+    teacher = next((t for t in recipe.teachers if t.name == source.name), None)
+    return teacher.base_url if isinstance(teacher, EndpointTeacher) else None
 
 
 def route_of_teacher(teacher: LocalTeacher | FileTeacher | EndpointTeacher) -> str:
