@@ -41,7 +41,7 @@ from limbeck.records import Completion, Message, Prompt, Split, ToolCall, Verdic
 from limbeck.render.chat import ChatRenderer, Rendered, Said
 from limbeck.rundir import RunDir
 from limbeck.tables import read_records
-from limbeck.testing import Faults, Malformed, Server, Settings
+from limbeck.testing import Faults, Malformed, OffSchema, Server, Settings
 
 KINDS = ("openai", "responses", "anthropic")
 PNG = base64.b64decode(
@@ -158,6 +158,37 @@ def test_calls_are_kept_apart_and_conversations_with_results_go_on(tmp_path: Pat
     assert facts["finish_reasons"] == {"stop": 1, "tool_calls": 6}
     assert all(c.answers(c.prompt_id) for c in answers)
     assert len({c.id for c in answers}) == 7
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_json_that_is_not_what_was_asked_for_is_kept_as_data_with_how_it_differs(
+    tmp_path: Path, kind: str, batch: bool
+):
+    """Both that which is no JSON and that which is other JSON; neither is asked again."""
+    source = rows(tmp_path / "p.jsonl", *plain(9))
+    (first, second, *_) = [row["prompt"] for row in plain(9)]
+    faults = OffSchema(contains=first), OffSchema(prose=True, contains=second)
+    with Server(Settings(words=8, batch_seconds=0.1), Faults(faults=faults)) as server:
+        more = {"batch": {"poll": 0.05}} if batch else {}
+        recipe = made(server.url, source, kind=kind, json_schema=SCHEMA, **more)
+        facts, found = ask(recipe, tmp_path / "run")
+        ask(recipe, tmp_path / "run")
+        assert server.bill.requests == 9
+    off, prose, *good = found
+    with pytest.raises(jsonschema.ValidationError) as error:
+        jsonschema.validate(json.loads(off.text), SCHEMA)
+    assert off.mismatch is not None
+    assert error.value.message in off.mismatch
+    assert prose.mismatch is not None
+    assert "not JSON" in prose.mismatch
+    assert {c.finish_reason for c in found} == {"stop"}
+    for completion in good:
+        assert completion.mismatch is None
+        jsonschema.validate(json.loads(completion.text), SCHEMA)
+    assert facts["money"]["waste"]["not what their schema asks for"]["count"] == 2
+    keep = make_filters(recipe.curate, lambda _: None)[0]
+    assert [keep.judge(c) is None for c in found] == [False, False] + [True] * 7
 
 
 @pytest.mark.parametrize("kind", KINDS)

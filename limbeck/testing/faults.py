@@ -127,6 +127,14 @@ class Malformed(_When):
     kind: Literal["malformed"] = "malformed"
 
 
+class OffSchema(_When):
+    """JSON that is not what the request's schema asks for. Billed. A request without a schema gets its answer."""
+
+    kind: Literal["off_schema"] = "off_schema"
+    prose: bool = False
+    """Words that are no JSON in its place."""
+
+
 class WrongType(_When):
     """A body with status 200 under another content type. Billed."""
 
@@ -146,7 +154,7 @@ class BadBatch(_When):
 
 Fault = Annotated[
     RateLimit | ServerError | Refusal4xx | Timeout | Delay | Drip | Cut | Truncated | Withheld | Malformed
-    | WrongType | BadBatch,
+    | OffSchema | WrongType | BadBatch,
     Field(discriminator="kind"),
 ]  # fmt: skip
 

@@ -33,6 +33,7 @@ from limbeck.testing.faults import (
     Fault,
     Faults,
     Malformed,
+    OffSchema,
     RateLimit,
     Refusal4xx,
     Sent,
@@ -346,6 +347,8 @@ def twist_of(fault: Fault | None) -> Twist | None:
     """What a fault changes in what the model writes."""
     if isinstance(fault, Truncated):
         return Twist("truncated", fault.share)
+    if isinstance(fault, OffSchema):
+        return Twist("prose" if fault.prose else "off_schema")
     return Twist(fault.kind) if isinstance(fault, Withheld) else None
 
 
