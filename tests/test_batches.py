@@ -227,6 +227,15 @@ def left_behind(recipe: Recipe, root: Path, when: str) -> None:
             ask(recipe, root)
 
 
+def until_nothing_is_worked_on(server: Server) -> None:
+    """Rows of batches take serial numbers too."""
+    with urllib.request.urlopen(f"{server.url}/v1/batches") as reply:
+        states = {batch["status"] for batch in json.load(reply)["data"]}
+    if states != {"completed"}:
+        time.sleep(0.05)
+        until_nothing_is_worked_on(server)
+
+
 @pytest.mark.parametrize("kind", ["openai", "anthropic"])
 @pytest.mark.parametrize("when", ["asking", "named", "open_rows"])
 @pytest.mark.parametrize("way", ["in batches", "alone"])
@@ -247,6 +256,7 @@ def test_offline_leaves_batches_where_they_are(tmp_path: Path):
     with Server(TOLD) as server:
         recipe = batched(server, tmp_path)
         left_behind(recipe, tmp_path / "run", "open_rows")
+        until_nothing_is_worked_on(server)
         acts = server.service.serial()
         with pytest.raises(EndpointError, match="does not hold every answer"):
             ask(recipe, tmp_path / "run", offline=True)
@@ -396,5 +406,8 @@ def test_the_key_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_withheld_answers_are_data(tmp_path: Path):
     with Server(TOLD, Faults(faults=(Withheld(kind="refusal", probability=0.5),))) as server:
-        _, rows = ask(batched(server, tmp_path), tmp_path / "run")
+        facts, rows = ask(batched(server, tmp_path), tmp_path / "run")
         assert len(rows) == server.bill.requests == 25
+        withheld = [row for row in rows if row.finish_reason == "refusal"]
+        assert 0 < len(withheld) == server.bill.faults["refusal"] < 25
+        assert facts["money"]["waste"]["refusals"]["count"] == len(withheld)

@@ -159,6 +159,10 @@ Fault = Annotated[
 ]  # fmt: skip
 
 
+TWISTS = (Truncated, Withheld, OffSchema)
+"""Those that change what the model writes."""
+
+
 class Limit(Form):
     """Rate limits from a moment on, until the next one."""
 
@@ -199,13 +203,14 @@ class Sent:
         self._rest = tuple(
             (number, fault) for number, fault in enumerate(faults.faults) if not isinstance(fault, BadBatch)
         )
+        self._twists = tuple((number, fault) for number, fault in self._rest if isinstance(fault, TWISTS))
 
     def draw(self, *, path: str, answers: bool, number: int, attempt: int, digest: str, raw: bytes, now: float,
-             batch: bool = False) -> Fault | None:  # fmt: skip
+             batch: bool = False, row: bool = False) -> Fault | None:  # fmt: skip
         """The fault for a request, or None. `now` in seconds since the start, `attempt` from 1; `batch` asks for what
-        will happen to a batch.
+        will happen to a batch, `row` for one of its rows, which nothing meets but what changes the model's words.
         """
-        for index, fault in self._batch if batch else self._rest:
+        for index, fault in self._batch if batch else self._twists if row else self._rest:
             if fault.endpoints and not any(_names(pattern, path) for pattern in fault.endpoints):
                 continue
             if not (fault.endpoints or answers or batch):
