@@ -32,7 +32,8 @@ def spoilt(made: JsonValue, schema: JsonValue) -> JsonValue:
 
     names = list(made) if isinstance(made, dict) else []
     tried: list[JsonValue] = [{key: made[key] for key in names if key != name} for name in names]  # type: ignore[index]
-    checked = validator_for(schema)(schema)
+    whole = schema if isinstance(schema, dict | bool) else {}
+    checked = validator_for(whole)(whole)
     return next((value for value in [*tried, [], {}, "", 0, False] if not checked.is_valid(value)), None)
 
 
