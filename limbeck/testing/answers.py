@@ -145,7 +145,7 @@ def _written(ask: Ask, seed: bytes, settings: Settings, vocabulary: Vocabulary) 
     twisted = ask.twist.kind if ask.twist and ask.tool is None else None
     if ask.tool is not None or (ask.schema is not None and twisted != "prose"):
         schema = ask.schema if ask.tool is None else ask.tool.parameters
-        made = instance(schema, seed) if schema else {"answer": words(seed, 8)} if ask.tool is None else {}
+        made: JsonValue = instance(schema, seed) if schema else {"answer": words(seed, 8)} if ask.tool is None else {}
         if twisted == "off_schema":
             made = spoilt(made, schema or {"type": "object"})
         text = orjson.dumps(made).decode()
