@@ -147,7 +147,8 @@ def _kernels(device: str) -> list[Finding]:
     lacking = compiling.missing(device)
     needed = "triton and a C compiler (gcc)" if device == "cuda" else "a C++ compiler (g++)"
     remedy = "" if lacking is None or compiling.SWITCH in lacking else f"install {needed}"
-    when = "" if device == "cuda" else f" for trainings on {compiling.LONG:,} tokens or more"
+    always = device == "cuda" or os.environ.get(compiling.SWITCH) == "1"
+    when = "" if always else f" for trainings on {compiling.LONG:,} tokens or more"
     compiled = f"torch's own kernels: {lacking}" if lacking else f"compiled (torch.compile){when}"
     found = [Finding("loss, norms, gates" if device == "cuda" else "norms, gates", compiled, remedy)]
     if device == "cuda":

@@ -30,7 +30,6 @@ from limbeck.collect.endpoints.teacher import Endpoint
 from limbeck.collect.files import iter_file_prompts
 from limbeck.collect.journal import Journal
 from limbeck.curate.curate import curate
-from limbeck.curate.filters import make_filters
 from limbeck.errors import InputError, ModelError, PromptError
 from limbeck.ledger import verify
 from limbeck.ledger.sealing import parse_row, read_rows
@@ -158,38 +157,6 @@ def test_calls_are_kept_apart_and_conversations_with_results_go_on(tmp_path: Pat
     assert facts["finish_reasons"] == {"stop": 1, "tool_calls": 6}
     assert all(c.answers(c.prompt_id) for c in answers)
     assert len({c.id for c in answers}) == 7
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_answers_are_held_against_their_schema(tmp_path: Path, kind: str):
-    """The server keeps to a schema that it is sent; told nothing of it, its words are none."""
-    source = rows(tmp_path / "p.jsonl", *plain(6))
-    unsent = {"omit": ["response_format" if kind == "openai" else "text" if kind == "responses" else "output_config"]}
-    with Server(Settings(words=8)) as server:
-        _, good = ask(made(server.url, source, kind=kind, json_schema=SCHEMA), tmp_path / "a")
-        recipe = made(server.url, source, kind=kind, json_schema=SCHEMA, teacher=unsent)
-        facts, bad = ask(recipe, tmp_path / "b")
-        received = server.bill.received
-        ask(recipe, tmp_path / "b")
-        assert server.bill.received == received == 12  # data, and not asked again
-    for completion in good:
-        assert completion.mismatch is None
-        jsonschema.validate(json.loads(completion.text), SCHEMA)
-    assert all(c.mismatch and "not JSON" in c.mismatch for c in bad)
-    assert facts["money"]["wasted"]["schema"]["answers"] == 6
-    assert {kind: one["count"] for kind, one in facts["money"]["waste"].items()} == {
-        "not what their schema asks for": 6
-    }
-    run = RunDir(tmp_path / "b")
-    with pytest.raises(InputError) as caught:
-        curate(recipe, run)
-    told = caught.value.problems[0]
-    assert f"the first: schema: {bad[0].mismatch}"[:120] in told.found
-    assert "max_tokens" not in told.remedy
-    assert "collect.json_schema" in told.remedy
-    cannot = make_filters(recipe.curate, lambda _: None)
-    assert {cannot[0].judge(c) is None for c in good} == {True}
-    assert {f.name for f in cannot if f.judge(bad[0])} == {"schema"}
 
 
 def test_a_rows_own_schema_and_tools_win_and_make_another_prompt(tmp_path: Path):

@@ -4,9 +4,12 @@ the journal afterwards."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from asking import ask, file_of, made
@@ -15,9 +18,12 @@ from hypothesis import strategies as st
 
 from limbeck.collect import completing
 from limbeck.collect.collect import collect
-from limbeck.collect.completing import Ahead
-from limbeck.collect.journal import Journal
-from limbeck.records import Completion, Message
+from limbeck.collect.completing import Ahead, Asked
+from limbeck.collect.contents import Wanted
+from limbeck.collect.journal import Journal, Kept
+from limbeck.collect.teachers import Parsed, Request
+from limbeck.ledger.canonical import digest_bytes
+from limbeck.records import Completion, Message, Prompt, Split, TeacherIdentity, Tool, ToolCall
 from limbeck.rundir import RunDir
 from limbeck.tables import read_records, write_records
 from limbeck.testing import Faults, Server, ServerError, Settings, Truncated
@@ -91,6 +97,28 @@ def test_rows_are_what_their_records_would_write(tmp_path: Path):
         _, found = ask(recipe, tmp_path / "run")
     assert len(found) == len(rows)
     records_make_the_same(tmp_path / "run" / "completions.parquet")
+
+
+def test_every_value_of_a_row_stands_under_its_own_name():
+    """Two texts that change places make a file that can be read, and says something else."""
+    schema, tool, call = {"type": "string"}, Tool(name="look"), ToolCall(name="look", arguments="{}", id="c")
+    said = (Message(role="user", content="Why?"),)
+    digests = [digest_bytes(bytes([n])) for n in range(4)]
+    prompt = Prompt(id=digests[0], messages=said, source="a file", licence="MIT", split=Split.HELD_OUT)
+    identity = TeacherIdentity(name="name", kind="openai", provider="provider", route="router", model="asked for",
+                               weights=digests[1], terms="own-model")  # fmt: skip
+    parsed = Parsed("text", "reasoning", "stop", "model", 3, 5, tool_calls=(call,))
+    asked = Asked(Request(digests[2], b"{}"), prompt, 7, SimpleNamespace(identity=identity))  # type: ignore[arg-type]
+    kept = Kept(digests[3], datetime(2026, 1, 2, tzinfo=UTC))
+    values = completing._values(asked, parsed, kept, "batch", Wanted((tool,), schema), "differs")
+    fields = dict(zip(Completion.model_fields, values, strict=True))
+    assert fields == Completion(
+        prompt_id=digests[0], sample=7, messages=said, text="text", reasoning="reasoning", finish_reason="stop",
+        model="model", teacher="name", provider="provider", route="router", weights=digests[1], terms="own-model",
+        prompt_tokens=3, completion_tokens=5, created=datetime(2026, 1, 2, tzinfo=UTC), request_id=digests[2],
+        response=digests[3], split=Split.HELD_OUT, batch="batch", tools=(tool,), tool_calls=(call,), json_schema=schema,
+        mismatch="differs",
+    ).__dict__  # fmt: skip
 
 
 @given(st.lists(st.builds(Message, role=st.sampled_from(["system", "user", "assistant"]), content=st.text())))
@@ -180,6 +208,30 @@ def test_requests_that_are_alike_are_two_rows_of_one_answer(tmp_path: Path, monk
     assert len({c.request_id for c in found}) == 20
     ahead = (tmp_path / "run" / "completions.parquet").read_bytes()
     assert ahead == from_journal(recipe, tmp_path / "run", tmp_path / "again", monkeypatch)
+
+
+@pytest.mark.parametrize("threshold", [(700, 10, 10), (0, 10, 10), (10**6, 5, 5)])
+def test_garbage_is_looked_for_afterwards_as_before(tmp_path: Path, threshold, monkeypatch: pytest.MonkeyPatch):
+    """However collecting ends; and where it is switched off (0), it stays so."""
+    during = []
+    add = completing.Completing.add
+
+    def watched(self, *args) -> None:
+        during.append(gc.get_threshold())
+        add(self, *args)
+        if len(during) > 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(completing.Completing, "add", watched)
+    before = gc.get_threshold()
+    gc.set_threshold(*threshold)
+    try:
+        with Server(Settings(words=8)) as server, pytest.raises(OSError, match="No space"):
+            ask(made(server.url, file_of(tmp_path, 10)), tmp_path / "run")
+        assert gc.get_threshold() == threshold
+    finally:
+        gc.set_threshold(*before)
+    assert {rarely[0] for rarely in during} == {threshold[0] and max(threshold[0], 200_000)}
 
 
 def test_it_can_be_collected_where_an_event_loop_runs_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import time
 from collections.abc import Awaitable, Callable
 
 import aiohttp
@@ -17,10 +18,12 @@ Script = Callable[[str], Awaitable[object]]
 
 
 class Scripted:
-    """A server that reads requests and answers each with the same bytes; `closing` says to hang up after them."""
+    """A server that reads requests and answers each with the same bytes; `closing` says to hang up after them. `later`
+    comes a little after each answer, unasked. For `asleep` seconds after an answer nobody in this thread does anything.
+    """
 
-    def __init__(self, answer: bytes, *, closing: bool = False):
-        self.answer, self.closing = answer, closing
+    def __init__(self, answer: bytes, *, closing: bool = False, later: bytes = b"", asleep: float = 0.0):
+        self.answer, self.closing, self.later, self.asleep = answer, closing, later, asleep
         self.requests: list[tuple[bytes, bytes]] = []
         self.connections = 0
 
@@ -32,9 +35,13 @@ class Scripted:
                 length = int(dict(_fields(head))[b"content-length"])
                 self.requests.append((head, await reader.readexactly(length)))
                 writer.write(self.answer)
+                time.sleep(self.asleep)
                 await writer.drain()
                 if self.closing:
                     return
+                if self.later:
+                    await asyncio.sleep(0.02)
+                    writer.write(self.later)
         except (asyncio.IncompleteReadError, ConnectionError):
             return
         finally:
@@ -81,6 +88,8 @@ def _said(head: str, body: bytes) -> bytes:
 
 
 WHOLE = _said(f"200 OK\r\nContent-Length: {len(BODY)}", BODY)
+LARGE = BODY * 3000  # of 2 MB, more than is read or kept at a time
+PACKED = gzip.compress(LARGE, mtime=0)
 ANSWERS = {
     "whole": (WHOLE, False),
     "whole, then hung up": (_said(f"200 OK\r\nConnection: close\r\nContent-Length: {len(BODY)}", BODY), True),
@@ -88,6 +97,12 @@ ANSWERS = {
     "packed": (
         _said(f"200 OK\r\nContent-Encoding: gzip\r\nContent-Length: {len(gzip.compress(BODY, mtime=0))}",
               gzip.compress(BODY, mtime=0)), False),
+    "large": (_said(f"200 OK\r\nContent-Length: {len(LARGE)}", LARGE), False),
+    "large and chunked": (
+        _said("200 OK\r\nTransfer-Encoding: chunked", b"%x\r\n%b\r\n" % (len(LARGE), LARGE) + b"0\r\n\r\n"), False),
+    "large and packed": (
+        _said(f"200 OK\r\nContent-Encoding: gzip\r\nContent-Length: {len(PACKED)}", PACKED), False),
+    "large and cut": (_said(f"200 OK\r\nContent-Length: {len(LARGE) + 1}", LARGE), True),
     "until the end": (_said("200 OK", BODY), True),
     "after a 100": (_said("100 Continue", b"") + WHOLE, False),
     "nothing in it": (_said("204 No Content", b""), False),
@@ -189,6 +204,40 @@ def test_who_waits_too_long_on_a_used_connection_is_given_up_and_nobody_else(beg
     assert kinds == ["timeout"] * 3
     assert 0.29 < took < 2
     assert server.connections == 4
+
+
+@pytest.mark.parametrize("later", [WHOLE, WHOLE[:30]], ids=["an answer", "half a head"])
+def test_what_nobody_asked_for_is_no_answer_to_the_next_request(later: bytes):
+    """A server may say 408 over a connection that nobody uses, or answer twice."""
+
+    async def in_turn(address: str) -> list[bytes]:
+        async with Transport(address, HEADERS, 1, 5.0) as transport:
+            found = []
+            for server.answer in (_said(f"200 OK\r\nContent-Length: {n}", b"x" * n) for n in (1, 2, 3)):
+                try:
+                    found.append((await transport.post(BODY, "k")).body)
+                except NoReplyError as error:
+                    found.append(error.kind.encode())
+                await asyncio.sleep(0.1)
+            return found
+
+    server = Scripted(b"", later=later)
+    found = asked(server, in_turn)
+    if later == WHOLE:
+        assert found == [b"x", b"xx", b"xxx"]
+        assert server.connections == 3
+    else:  # of which nothing is known until more has come
+        assert found == [b"x", b"cut", b"xxx"]
+
+
+def test_an_answer_that_is_here_when_its_time_is_over_is_taken():
+    """It is paid for. Where the process did not get to run for a while, all that came meanwhile is late."""
+
+    async def twice(address: str) -> list[bytes]:
+        async with Transport(address, HEADERS, 1, 0.2) as transport:
+            return [(await transport.post(BODY, "k")).body for _ in range(2)]
+
+    assert asked(Scripted(WHOLE, asleep=0.3), twice) == [BODY, BODY]
 
 
 def test_nobody_there_is_told_as_no_connection():

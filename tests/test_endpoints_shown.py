@@ -26,6 +26,7 @@ from limbeck.collect.endpoints.account import by_kind
 from limbeck.collect.endpoints.prices import cap_words
 from limbeck.collect.journal import Journal
 from limbeck.collect.prompts import gather
+from limbeck.errors import EndpointError
 from limbeck.ledger.canonical import digest_path
 from limbeck.ledger.store import Ledger
 from limbeck.progress import PlainLine, Progress
@@ -35,6 +36,7 @@ from limbeck.testing import (
     Faults,
     Malformed,
     RateLimit,
+    Refusal4xx,
     Server,
     ServerError,
     Settings,
@@ -181,6 +183,33 @@ def test_what_was_wasted_is_summed_by_kind_and_shown(tmp_path: Path, monkeypatch
         assert kind in text
     assert f"{facts['money']['spent_dollars']:.6f}" in text
     assert "cut off, and kept" not in text
+
+
+QUOTA = Refusal4xx(kind="quota", requests=(5, 999))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault", "outcome", "told"),
+    [
+        ("openai", QUOTA, "http 429 (no quota)", "used-up quotas"),
+        ("anthropic", QUOTA, "http 400 (no quota)", "used-up quotas"),
+        ("openai", RateLimit(wait=7200, requests=(5, 999)), "http 429 (no quota)", "used-up quotas"),
+        ("openai", Refusal4xx(kind="unauthorized", requests=(5, 999)), "http 401", "refused requests"),
+    ],
+)
+def test_what_would_fare_the_same_is_not_told_as_a_retry(tmp_path: Path, kind: str, fault, outcome: str, told: str):
+    root = tmp_path / "run"
+    with Server(Settings(words=8), Faults(faults=(fault,))) as server:
+        recipe = made(server.url, file_of(tmp_path, 40), kind=kind, concurrency=2)
+        with pytest.raises(EndpointError):
+            ask(recipe, root)
+    (root / "recipe.yaml").write_text(recipe.model_dump_json())
+    collecting = standing(root).collecting
+    assert collecting is not None
+    assert set(collecting.requests) - {"not sent"} == {"answered", outcome}
+    assert list(collecting.waste) == [told]
+    assert collecting.waste[told] == {"count": collecting.requests[outcome], "dollars_at_most": 0.0}
+    assert f"wasted: {told}" in as_text(standing(root), facts=False)
 
 
 @pytest.mark.parametrize("priced", [True, False])

@@ -92,6 +92,34 @@ def gradients(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def test_a_small_difference_of_small_numbers_is_seen() -> None:
+    class Lifted(LlamaMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1e-5
+
+    module = Lifted(LlamaConfig(**SIZES))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(0.05)
+    assert gated.gate_of(module) is None
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_forward_that_somebody_put_before_a_module_stays() -> None:
+    """Hooks of accelerate stand there; and a block within a block replaces nothing twice."""
+    model = tiny()
+    hooked = model.model.layers[0].mlp
+    hooked.forward = hook = hooked.forward
+    with gated.fused_gates(model):
+        ours = vars(model.model.layers[1].mlp)["forward"]
+        with gated.fused_gates(model):
+            assert vars(model.model.layers[1].mlp)["forward"] is ours
+        assert vars(model.model.layers[1].mlp)["forward"] is ours
+        assert vars(hooked)["forward"] is hook
+    assert vars(hooked)["forward"] is hook
+    assert "forward" not in vars(model.model.layers[1].mlp)
+
+
 @pytest.mark.usefixtures("uncompiled")
 def test_a_model_learns_the_same_and_is_given_back_as_it_was() -> None:
     model = tiny()

@@ -114,7 +114,8 @@ def _rarely_collected() -> Iterator[None]:
     looking at all of them again and again takes a sixth of the processor's time.
     """
     before = gc.get_threshold()
-    gc.set_threshold(max(before[0], _COLLECTED), *before[1:])
+    if before[0]:  # 0: never
+        gc.set_threshold(max(before[0], _COLLECTED), *before[1:])
     try:
         yield
     finally:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+NO_QUOTA = " (no quota)"
+"""What the outcome of a request ends with where the money is gone; OpenAI's status is that of too many requests."""
+
 
 class Outcomes(NamedTuple):
     """All requests of one account that ended alike."""

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import orjson
 from pydantic import JsonValue
 
-from limbeck.testing.schema import instance
+from limbeck.testing.schema import instance, spoilt
 from limbeck.testing.settings import Model, Settings
 from limbeck.testing.vocabulary import WORDS, Vocabulary
 
@@ -37,7 +37,7 @@ _APART = {
 class Twist(NamedTuple):
     """A fault that changes what the model writes."""
 
-    kind: Literal["truncated", "empty", "refusal", "filter"]
+    kind: Literal["truncated", "empty", "refusal", "filter", "off_schema", "prose"]
     share: float = 0.5
     """Of a truncated answer, the share that is kept."""
 
@@ -142,9 +142,12 @@ def compose(ask: Ask, choice: int, model: Model, settings: Settings, vocabulary:
 
 def _written(ask: Ask, seed: bytes, settings: Settings, vocabulary: Vocabulary) -> tuple[str, int]:
     """The text of an answer, or the arguments of its tool call, before any limit; and its tokens."""
-    if ask.tool is not None or ask.schema is not None:
+    twisted = ask.twist.kind if ask.twist and ask.tool is None else None
+    if ask.tool is not None or (ask.schema is not None and twisted != "prose"):
         schema = ask.schema if ask.tool is None else ask.tool.parameters
-        made = instance(schema, seed) if schema else {"answer": words(seed, 8)} if ask.tool is None else {}
+        made: JsonValue = instance(schema, seed) if schema else {"answer": words(seed, 8)} if ask.tool is None else {}
+        if twisted == "off_schema":
+            made = spoilt(made, schema or {"type": "object"})
         text = orjson.dumps(made).decode()
         return text, vocabulary.count(text)
     count = settings.words

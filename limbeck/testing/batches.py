@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from limbeck.testing.answers import Json, body_digest, content_seed
+from limbeck.testing.answers import Json, Twist, body_digest, content_seed
 from limbeck.testing.calls import Call, Desk, Reply
 from limbeck.testing.errors import Provider, Refused
 from limbeck.testing.faults import BadBatch
@@ -95,6 +95,8 @@ class Biller(NamedTuple):
     endpoint: Callable[[str], Callable[[Desk, Call], Reply] | None]
     """Who answers a path."""
     serial: Callable[[], str]
+    twist: Callable[[Row], Twist | None]
+    """What a fault changes in the answer to a row."""
     charge: Callable[[Reply, Row, str, str, str], None]
     """Bill a reply to a row, by its digest, request id and batch id."""
 
@@ -180,7 +182,7 @@ class Batches:
             endpoint = self._biller.endpoint(row.path)
             if endpoint is None:
                 raise Refused("not_found", f"Invalid URL (POST {row.path})")
-            call = Call(row.path, row.body, content_seed(row.body), serial, time.time())
+            call = Call(row.path, row.body, content_seed(row.body), serial, time.time(), self._biller.twist(row))
             reply = endpoint(self._biller.desk, call)
         except Refused as refused:
             return Result(row.custom_id, "errored", request_id, {}, refused)

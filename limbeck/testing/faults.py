@@ -127,6 +127,14 @@ class Malformed(_When):
     kind: Literal["malformed"] = "malformed"
 
 
+class OffSchema(_When):
+    """JSON that is not what the request's schema asks for. Billed. A request without a schema gets its answer."""
+
+    kind: Literal["off_schema"] = "off_schema"
+    prose: bool = False
+    """Words that are no JSON in its place."""
+
+
 class WrongType(_When):
     """A body with status 200 under another content type. Billed."""
 
@@ -146,9 +154,13 @@ class BadBatch(_When):
 
 Fault = Annotated[
     RateLimit | ServerError | Refusal4xx | Timeout | Delay | Drip | Cut | Truncated | Withheld | Malformed
-    | WrongType | BadBatch,
+    | OffSchema | WrongType | BadBatch,
     Field(discriminator="kind"),
 ]  # fmt: skip
+
+
+TWISTS = (Truncated, Withheld, OffSchema)
+"""Those that change what the model writes."""
 
 
 class Limit(Form):
@@ -191,13 +203,14 @@ class Sent:
         self._rest = tuple(
             (number, fault) for number, fault in enumerate(faults.faults) if not isinstance(fault, BadBatch)
         )
+        self._twists = tuple((number, fault) for number, fault in self._rest if isinstance(fault, TWISTS))
 
     def draw(self, *, path: str, answers: bool, number: int, attempt: int, digest: str, raw: bytes, now: float,
-             batch: bool = False) -> Fault | None:  # fmt: skip
+             batch: bool = False, row: bool = False) -> Fault | None:  # fmt: skip
         """The fault for a request, or None. `now` in seconds since the start, `attempt` from 1; `batch` asks for what
-        will happen to a batch.
+        will happen to a batch, `row` for one of its rows, which nothing meets but what changes the model's words.
         """
-        for index, fault in self._batch if batch else self._rest:
+        for index, fault in self._batch if batch else self._twists if row else self._rest:
             if fault.endpoints and not any(_names(pattern, path) for pattern in fault.endpoints):
                 continue
             if not (fault.endpoints or answers or batch):

@@ -28,7 +28,7 @@ class Routes:
     def __init__(self, service: Service):
         self._service = service
         self._files = openai_batches.Files()
-        biller = Biller(service.desk, ENDPOINTS.get, service.serial, self._charge)
+        biller = Biller(service.desk, ENDPOINTS.get, service.serial, service.twist_row, self._charge)
         self.batches = Batches(biller)
 
     def _charge(self, reply: Reply, row: Row, digest: str, request_id: str, batch: str) -> None:

@@ -24,6 +24,19 @@ def instance(schema: JsonValue, digest: bytes) -> JsonValue:
     return _Maker(schema, digest).make(schema, 0)
 
 
+def spoilt(made: JsonValue, schema: JsonValue) -> JsonValue:
+    """Something near to an instance that the schema does not accept: without one property, or of another type. Null
+    where the schema accepts all of that.
+    """
+    from jsonschema.validators import validator_for
+
+    names = list(made) if isinstance(made, dict) else []
+    tried: list[JsonValue] = [{key: made[key] for key in names if key != name} for name in names]  # type: ignore[index]
+    whole = schema if isinstance(schema, dict | bool) else {}
+    checked = validator_for(whole)(whole)
+    return next((value for value in [*tried, [], {}, "", 0, False] if not checked.is_valid(value)), None)
+
+
 class _Maker:
     def __init__(self, root: JsonValue, digest: bytes):
         self._root, self._digest, self._drawn = root, digest, 0

@@ -23,6 +23,7 @@ from aiohttp import web
 
 from limbeck.testing.answers import Json, Twist, body_digest, content_seed
 from limbeck.testing.anthropic import messages
+from limbeck.testing.batches import Row
 from limbeck.testing.bill import Bill, Charge, price
 from limbeck.testing.calls import Call, Desk, Reply, Usage
 from limbeck.testing.errors import Provider, Refused, render
@@ -33,6 +34,7 @@ from limbeck.testing.faults import (
     Fault,
     Faults,
     Malformed,
+    OffSchema,
     RateLimit,
     Refusal4xx,
     Sent,
@@ -99,7 +101,7 @@ class Service:
         self.bill = Bill()
         self.desk = Desk(settings, Vocabulary(settings.vocabulary))
         self.attempts: Counter[str] = Counter()
-        self._serials, self._acts = itertools.count(1), itertools.count(1)
+        self._serials, self._acts, self._rows = itertools.count(1), itertools.count(1), itertools.count(1)
         self._boot = secrets.token_hex(4)
         self._keys: dict[str, asyncio.Future[Made]] = {}
         self.begin(faults)
@@ -176,6 +178,16 @@ class Service:
         if fault is not None:
             self.bill.faults[fault.kind] += 1
         return fault
+
+    def twist_row(self, row: Row) -> Twist | None:
+        """What a fault changes in the answer to a row of a batch."""
+        digest, raw = body_digest(row.body), orjson.dumps(row.body)
+        self.attempts[digest] += 1
+        fault = self.sent.draw(path=row.path, answers=True, number=next(self._rows), attempt=self.attempts[digest],
+                               digest=digest, raw=raw, now=self.now, row=True)  # fmt: skip
+        if fault is not None:
+            self.bill.faults[fault.kind] += 1
+        return twist_of(fault)
 
     async def _made(self, asked: Asked, endpoint: Endpoint, fault: Fault | None) -> Made | None:
         """The billed answer, made now or earlier; None where the connection is cut before anything is billed."""
@@ -346,6 +358,8 @@ def twist_of(fault: Fault | None) -> Twist | None:
     """What a fault changes in what the model writes."""
     if isinstance(fault, Truncated):
         return Twist("truncated", fault.share)
+    if isinstance(fault, OffSchema):
+        return Twist("prose" if fault.prose else "off_schema")
     return Twist(fault.kind) if isinstance(fault, Withheld) else None
 
 

@@ -16,7 +16,7 @@ from pydantic import JsonValue
 
 from limbeck.collect.endpoints.prices import Prices, dollars
 from limbeck.collect.journal import IN_BATCH
-from limbeck.collect.journal_sums import Outcomes
+from limbeck.collect.journal_sums import NO_QUOTA, Outcomes
 from limbeck.records import Digest
 
 _USABLE = frozenset({"stop", "tool_calls"})
@@ -138,7 +138,14 @@ _KINDS = {
     "error": "refused requests",
     "killed": "in flight when a run was killed",
 }
-"""In a reader's words; other outcomes of a request are retries, other finish reasons are named as they are."""
+"""In a reader's words; other finish reasons are named as they are."""
+
+
+def _kind_of(outcome: str) -> str:
+    """In a reader's words, of a request that brought nothing. Only what is sent again is a retry."""
+    if outcome.endswith(NO_QUOTA):
+        return "used-up quotas"
+    return "refused requests" if outcome.startswith("http 4") and outcome != "http 429" else "retries"
 
 
 def by_kind(wasted: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
@@ -147,7 +154,7 @@ def by_kind(wasted: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     for name, told in wasted.items():
         if not isinstance(told, dict):
             continue
-        kind = _KINDS.get(name, "retries" if "requests" in told else name)
+        kind = _KINDS.get(name) or (_kind_of(name) if "requests" in told else name)
         for key, value in told.items():
             if isinstance(value, int | float):
                 (counts if key in ("requests", "answers") else money)[kind] += value  # type: ignore[operator]

@@ -16,7 +16,7 @@ from limbeck.collect.endpoints.batch_log import BatchLog, Logged, Row, row_numbe
 from limbeck.collect.endpoints.batch_raw import wrapped
 from limbeck.collect.endpoints.batch_status import BatchStatus
 from limbeck.collect.endpoints.budget import Budget
-from limbeck.collect.endpoints.fates import Fate, fate, message
+from limbeck.collect.endpoints.fates import Fate, fate, message, outcome
 from limbeck.collect.endpoints.keys import scrub
 from limbeck.collect.endpoints.prices import Prices
 from limbeck.collect.endpoints.reasons import Reasons
@@ -248,4 +248,4 @@ def _outcome(result: Result, found: Fate) -> str:
     """What the journal calls it."""
     if result.status is None:
         return result.left
-    return found.value if found in (Fate.ANSWER, Fate.ABOUT_PROMPT) else f"http {result.status}"
+    return found.value if found in (Fate.ANSWER, Fate.ABOUT_PROMPT) else outcome(result.status, found)

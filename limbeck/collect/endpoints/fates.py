@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from enum import Enum
 
 from limbeck.collect.endpoints.reply import document, error_of, text
+from limbeck.collect.journal_sums import NO_QUOTA
 from limbeck.collect.rows import shown
 
 _ABOUT_PROMPT = frozenset({400, 403, 409, 413, 422, 451})
@@ -51,6 +52,11 @@ def fate(status: int, body: bytes) -> Fate:
     if status == 408 or status >= 500:
         return Fate.FAILED
     return Fate.ABOUT_PROMPT if status in _ABOUT_PROMPT else Fate.STOP
+
+
+def outcome(status: int, found: Fate) -> str:
+    """What the journal calls a reply that is no answer."""
+    return f"http {status}{NO_QUOTA if found is Fate.NO_QUOTA else ''}"
 
 
 def _no_quota(body: bytes) -> bool:

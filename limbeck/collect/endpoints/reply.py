@@ -45,8 +45,8 @@ def text(value: JsonValue) -> str:
 
 
 def count(value: JsonValue) -> int | None:
-    """The number of things that is there, or None."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    """The number of things that is there, or None; what 64 bits cannot hold is none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 else None
 
 
 def usage_of(prompt: Sequence[JsonValue], completion: JsonValue) -> Usage | None:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import NamedTuple
 
 from limbeck.collect.endpoints.budget import CapReachedError, Purse
-from limbeck.collect.endpoints.fates import Fate, fate, message
+from limbeck.collect.endpoints.fates import Fate, fate, message, outcome
 from limbeck.collect.endpoints.gate import Gate
 from limbeck.collect.endpoints.keys import scrub
 from limbeck.collect.endpoints.pacing import Pacer
@@ -242,15 +242,17 @@ class Sender:
     async def _reply(self, job: Job, number: int, held: int, started: float, reply: Reply) -> None:
         self._reached = True
         body, found = scrub(reply.body, self._key), fate(reply.status, reply.body)
-        kept, said = found is Fate.ANSWER or found is Fate.ABOUT_PROMPT, f"http {reply.status}"
+        kept = found is Fate.ANSWER or found is Fate.ABOUT_PROMPT
         wait = None if kept else retry_after(reply.headers)
+        too_long = found is Fate.TOO_MANY and wait is not None and wait > _TOO_LONG
+        said = outcome(reply.status, Fate.NO_QUOTA if too_long else found)
         if kept:
             await self._data(job, number, held, body, found, said)
             self._mind(reply, job)
         elif found is Fate.TOO_MANY:
             self._pacer.refused(self._now, started, wait)
             self._over(number, held, 0, said)
-            if wait is not None and wait > _TOO_LONG:
+            if too_long:
                 self.stop(self.reasons.no_quota(f"{message(body)} (Retry-After: {wait:,.0f} s)"))
             self._retry(job, said, wait, part=1 / _PATIENCE)
         elif found is Fate.FAILED:

@@ -64,9 +64,10 @@ class _Waiting:
     content: aiohttp.StreamReader | None = None
 
     def give_up(self) -> None:
-        """Have whoever waits for it get a `TimeoutError`."""
-        self.protocol.set_exception(TimeoutError())
-        if self.content is not None:
+        """Have whoever waits for it get a `TimeoutError`, unless all of it is here and only waits to be read."""
+        if self.content is None:
+            self.protocol.set_exception(TimeoutError())
+        elif not self.content.is_eof():
             self.content.set_exception(TimeoutError())
 
 
@@ -85,10 +86,10 @@ class Transport:
         self._proxy = proxy_of(address)
         self._kept: list[tuple[Connection, float]] = []
         """Open and unused, with the time since when; the last is used first."""
-        self._waiting: dict[_Waiting, None] = {}
-        """Requests without an answer, in the order in which they are due, but for those that first had to connect."""
+        self._waiting: set[_Waiting] = set()
+        """Requests without an answer."""
         self._timer: asyncio.TimerHandle | None = None
-        """One for all: each request has the same time, and most of them never need it."""
+        """One for all, set for the first that is due: each has the same time, and most of them never need it."""
 
     async def __aenter__(self) -> Transport:
         self._loop = asyncio.get_running_loop()
@@ -119,10 +120,10 @@ class Transport:
             if self._proxy is not None or not _KNOWN:
                 return await self._through_session(body, idempotency_key)
             due = self._loop.time() + self._seconds
-            if (connection := self._unused()) is not None:
-                return await self._over(connection, body, idempotency_key, due)
-            async with asyncio.timeout_at(due):
-                return await self._over(await self._connect(), body, idempotency_key, due)
+            if (connection := self._unused()) is None:
+                async with asyncio.timeout_at(due):
+                    connection = await self._connect()
+            return await self._over(connection, body, idempotency_key, due)
         except aiohttp.ConnectionTimeoutError as error:
             raise NoReplyError("connect", f"no connection within {_CONNECT:.0f} s") from error
         except TimeoutError as error:
@@ -144,10 +145,14 @@ class Transport:
         return connection
 
     def _unused(self) -> Connection | None:
-        """An open connection, if there is one; those that the other side closed or may be about to are let go."""
+        """An open connection, if there is one. Those that the other side closed or may be about to are let go, as are
+        those over which something came that nobody asked for: the next request would take it for its answer.
+        """
         while self._kept:
             connection, since = self._kept.pop()
-            if not connection.closed and self._loop.time() - since < _IDLE:
+            protocol = connection.protocol
+            usable = protocol is not None and protocol.is_connected() and not protocol.should_close
+            if usable and self._loop.time() - since < _IDLE:
                 return connection
             connection.close()
         return None
@@ -158,9 +163,9 @@ class Transport:
             connection.close()
             raise aiohttp.ServerDisconnectedError
         whole, waiting = False, _Waiting(due, protocol)
-        self._waiting[waiting] = None
-        if self._timer is None:
-            self._timer = self._loop.call_at(due, self._end_overdue)
+        self._waiting.add(waiting)
+        if self._timer is None or due < self._timer.when():
+            self._set_timer(due)
         try:
             wire.write(
                 b"%b%d\r\nIdempotency-Key: %b\r\n\r\n%b" % (self._head, len(body), idempotency_key.encode(), body)
@@ -169,28 +174,31 @@ class Transport:
             while message.code < 200:  # 1xx: the answer is yet to come
                 message, content = await protocol.read()
             waiting.content = content
-            if waiting not in self._waiting:  # it was given up while its head was on the way to us
-                raise TimeoutError
+            if waiting not in self._waiting:  # given up while its head was on the way to us
+                waiting.give_up()
             reply = Reply(message.code, message.headers, await content.read())
             whole = not protocol.should_close
             return reply
         finally:
-            self._waiting.pop(waiting, None)
+            self._waiting.discard(waiting)
             if whole:
                 self._kept.append((connection, self._loop.time()))
             else:
                 connection.close()
 
+    def _set_timer(self, due: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(due, self._end_overdue)
+
     def _end_overdue(self) -> None:
         """Give up those who waited too long, and come back when the next one will have."""
         now, self._timer = self._loop.time(), None
-        while self._waiting:
-            waiting = next(iter(self._waiting))
-            if waiting.due > now:
-                self._timer = self._loop.call_at(waiting.due, self._end_overdue)
-                return
-            del self._waiting[waiting]
+        for waiting in [one for one in self._waiting if one.due <= now]:
+            self._waiting.discard(waiting)
             waiting.give_up()
+        if self._waiting:
+            self._set_timer(min(one.due for one in self._waiting))
 
     async def _through_session(self, body: bytes, idempotency_key: str) -> Reply:
         async with self._session.post(
