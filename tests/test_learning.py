@@ -24,9 +24,10 @@ from limbeck.render.batches import collate, collate_packed, padding_share, tiles
 from limbeck.render.examples import make_example, read_examples
 from limbeck.rundir import RunDir
 from limbeck.tables import read_records
+from limbeck.train.feed import Feed
 from limbeck.train.losses import generalized_jsd, reverse_kl
 from limbeck.train.rollouts import prompt_length
-from limbeck.train.schedule import make_schedule
+from limbeck.train.schedule import Schedule, make_schedule
 from limbeck.train.stage import train
 
 
@@ -134,6 +135,17 @@ def test_a_wider_pass_predicts_the_same():
     assert torch.equal(wide.predict_BT[:, :3], narrow.predict_BT)
     assert not wide.predict_BT[:, 3:].any()
     assert not wide.attention_BT[:, 3:].any()
+
+
+def test_no_pass_is_wider_than_the_longest_sequence_that_there_is():
+    rows = [
+        make_example(np.arange(n, dtype=np.int32), np.arange(n) > 0, prompt_id="", completion=str(n), teacher="",
+                     split=Split.TRAIN)
+        for n in (61, 61, 59)
+    ]  # fmt: skip
+    for steps, width in (((0, 1),), 61), (((2, 2),), 60):
+        feed = Feed(rows, Schedule(steps=steps, prompts=((),), steps_per_epoch=1))
+        assert [batch.tokens_BT.shape[1] for batch in feed[0].passes] == [width]
 
 
 @settings(max_examples=30)

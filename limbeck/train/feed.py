@@ -68,6 +68,8 @@ class Feed(Dataset[MicroBatch]):
         self._examples, self._schedule, self._own_answers = examples, schedule, own_answers
         self._accumulate, self._process, self._processes = accumulate, process, processes
         self._packed = packed
+        self._longest = max((len(e.tokens_T) for e in examples), default=0)
+        """No pass is made wider than the longest sequence: a model may know no positions after it."""
         self._held: tuple[int, list[Example]] = (-1, [])
 
     def __len__(self) -> int:
@@ -103,6 +105,10 @@ class Feed(Dataset[MicroBatch]):
             return (collate_packed(examples),)
         lengths = [len(e.tokens_T) for e in examples]
         return tuple(
-            collate([examples[i] for i in group], _PAD, width=width_of([lengths[i] for i in group]))
+            collate(
+                [examples[i] for i in group],
+                _PAD,
+                width=min(width_of([lengths[i] for i in group]), max(self._longest, *(lengths[i] for i in group))),
+            )
             for group in tiles(lengths)
         )
