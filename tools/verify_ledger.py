@@ -1611,9 +1611,10 @@ def check_disclosure(value: Object, key: str | None, findings: Findings, _: Shar
     root = root_of_path(leaf, first + row, statement.size, above, "path")
     if not findings.compare("path: root", root.hex(), statement.root.hex()):
         return
-    value = parts["value"]
-    findings.note(f"row {row}, {field}: {told(value if isinstance(value, str) else canonical(value, field).decode())}")
-    if (field, value) == ("gate", "not asked"):
+    said = parts["value"]
+    shown = said if isinstance(said, str) else canonical(said, field).decode()
+    findings.note(f"row {row}, {field}: {told(shown)}")
+    if (field, said) == ("gate", "not asked"):
         findings.note(NOT_ASKED)
 
 
