@@ -189,7 +189,9 @@ def test_parse_needs_nothing_but_the_bytes(talking: Path):
         model="m", tokens=(1, 2), text="<think>a</think>\x00b", finish_reason="length", stop=None,
         prompt_tokens=3, completion_tokens=2,
     ).bytes()  # fmt: skip
-    assert teacher.parse(Request.of(None), raw) == ("<think>a</think>\x00b", None, "length", "m", 3, 2, ())
+    parsed = teacher.parse(Request.of(None), raw)
+    assert parsed[:7] == ("<think>a</think>\x00b", None, "length", "m", 3, 2, ())
+    assert parsed[7:] == (None, None)  # no provider numbered it
     for broken in (b"", b"{}", raw[:-2], b"\xff\x1b[31m"):
         with pytest.raises(InputError, match="journaled answer") as error:
             teacher.parse(Request.of(None), broken)
