@@ -172,7 +172,8 @@ def read_waivers(recipe: Recipe) -> list[tuple[str, Waiver]]:
             text = Path(path).read_text(encoding="utf-8")
             found.append((path, parse_waiver(Envelope.model_validate_json(text))))
         except (OSError, ValueError, RecursionError) as error:
-            told = " ".join(str(error).split())[:300]
+            said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            told = " ".join(said.split())[:300]
             problems.append(Problem(f"waivers: {path}", told, "a waiver", "make it with `limbeck terms waive`"))
     if problems:
         raise InputError("a waiver cannot be read", problems)
