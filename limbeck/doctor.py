@@ -114,7 +114,19 @@ def _software() -> list[Finding]:
 
 
 def _machine() -> list[Finding]:
-    return [*_processor(), Finding("memory", f"{_gib(_memory_bytes())} GiB")]
+    return [*_processor(), Finding("memory", f"{_gib(_memory_bytes())} GiB"), *_pages()]
+
+
+def _pages() -> list[Finding]:
+    """Whether tensors on a CPU come to lie in large pages, which makes memory up to three times as fast."""
+    from limbeck.models.processor import large_pages
+
+    said = large_pages()
+    if said is None:
+        return []
+    on = said != "never"
+    remedy = "" if on else "as root: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
+    return [Finding("large pages", f"{'used by training' if on else 'switched off in the kernel'} ({said})", remedy)]
 
 
 def _processor() -> list[Finding]:
