@@ -121,7 +121,7 @@ def test_a_pruned_student_that_keeps_all_is_refused_before_anything_is_spent(giv
         preflight(Recipe.model_validate(given))
     [(where, found, expected, remedy)] = caught.value.problems
     assert (where, expected) == ("student", "at least one number below the teacher's")
-    assert found == f"{', '.join(f'{key}: {value}' for key, value in asked.items())}: all that {ref} has"
+    assert found == f"{', '.join(f'{key}: {value}' for key, value in asked.items())}, all that {ref} has"
     preflight(Recipe.model_validate(given), answered=True)  # paid for: it is gone on with
     for key in keys:
         lower = {key: WHOLE[key] // 2}

@@ -55,7 +55,7 @@ def refuse_whole(student: PrunedStudent, config: PreTrainedConfig, teacher: str)
         f"set student.layers below {there}, or begin as the whole teacher, student: {{kind: pretrained, model: "
         f'"{teacher}"}}'
     )
-    problem = Problem("student", f"{asked}: all that {teacher} has", expected, remedy)
+    problem = Problem("student", f"{asked}, all that {teacher} has", expected, remedy)
     raise ModelError("nothing would be pruned", [problem])
 
 
