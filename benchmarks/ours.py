@@ -11,6 +11,8 @@
     profile     two steps of `stored` under torch.profiler
     peak        the processor's bf16 matrix peak
 
+With `--order`, which gives both sides the same steps, learning rates are transformers' own, as the other side's are.
+
 To add a case, write a function here that returns its figures, and its row in CASES.
 """
 
@@ -191,6 +193,7 @@ def train(
         source=source,
         loss=loss,
         temperature=1.0,
+        library_rates=bool(options.order),
         args=TrainingArguments(**cast("dict[str, Any]", same), per_device_train_batch_size=1, num_train_epochs=1),
         callbacks=[*(callbacks or []), clock],
     )
@@ -267,7 +270,9 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=1, help="first steps left out of rates")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--order", type=Path, help="the chats of every step, instead of an order of our own")
+    parser.add_argument(
+        "--order", type=Path, help="the chats of every step, instead of our own; with the library's rates"
+    )
     parser.add_argument("--save", type=Path, help="where the student goes")
     parser.add_argument("--result", type=Path, required=True, help="JSON file for the figures")
     options = parser.parse_args()

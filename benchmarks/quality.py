@@ -1,7 +1,8 @@
 """Quality at equal tokens, limbeck against TRL: `python benchmarks/quality.py --data FILE --out DIR`.
 
-The same student is trained on the same chats, for the same epochs, with the same learning-rate schedule, by TRL's
-GKDTrainer (lmbda 0, beta 0), by limbeck against the live teacher, and by limbeck from a store of threshold samples.
+The same student is trained on the same chats, for the same epochs, with the same learning-rate schedule (warm-up over
+5 % of the steps, then a cosine), by TRL's GKDTrainer (lmbda 0, beta 0), by limbeck against the live teacher, and by
+limbeck from a store of threshold samples.
 All students are then measured by limbeck's own evaluation on held-out chats: KL from the live teacher in nats a token,
 and the share of positions at which both find the same token most likely. Students are measured in bf16, whatever wrote
 them.
@@ -11,8 +12,10 @@ TRL then leaves out one token of each chat that it would learn from otherwise, t
 What each trainer was really set to is compared (weights at the beginning, bit by bit; optimiser; learning rate, tokens
 and learned tokens of every step), and any difference ends the measurement with 1; losses and gradient norms of every
 step stand in a table. `limbeck halves` is limbeck with each step computed in two pieces, the same gradient but for
-rounding: it shows how far rounding alone takes two trainings apart. With `--order own` each side orders its batches
-its own way, and TRL learns from the line breaks.
+rounding: it shows how far rounding alone takes two trainings apart. Learning rates are then transformers' own on both
+sides, with 0 at the first step of the warm-up, so that all sides learn nothing from the first batch. With `--order own`
+each side runs as it comes: it orders its batches its own way, TRL learns from the line breaks, and limbeck's learning
+rate is above 0 from the first step on.
 
 Chats are as in `training.py`, only more. Training is repeated with several seeds, which differ by their order. The last
 table gives limbeck minus TRL on the same held-out prompts, with a 95 % interval over prompts, and one over seeds (by

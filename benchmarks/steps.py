@@ -20,7 +20,7 @@ BATCH = 8
 
 
 def arguments(output_dir: str, *, steps: int, learning_rate: float, seed: int) -> dict[str, object]:
-    """The same for every trainer: AdamW on float32 weights, products in bf16, cosine to 0 after a warm-up."""
+    """The same for every trainer: AdamW on float32 weights, products in bf16, a cosine after a warm-up."""
     return {
         "output_dir": output_dir,
         "max_steps": steps,

@@ -73,7 +73,7 @@ def preflight(recipe: Recipe, *, answered: bool = False, unasked: bool = False) 
     _check_learning(recipe, errors)
     _check_server(recipe, errors)
     _check_told(recipe, errors)
-    digests |= _check_models(recipe, errors)
+    digests |= _check_models(recipe, errors, answered)
     if not answered and not errors:
         refuse_tools(recipe)
     _raise(errors)
@@ -102,12 +102,14 @@ def _raise(errors: Sequence[InputError]) -> None:
 
 
 @contextmanager
-def _noting(errors: list[InputError], key: str) -> Iterator[None]:
-    """Notes an error, with the recipe's key in each place it names, instead of letting it end the checks."""
+def _noting(errors: list[InputError], key: str = "") -> Iterator[None]:
+    """Notes an error, with the recipe's key in each place it names, instead of letting it end the checks. No key is for
+    places that are keys already.
+    """
     try:
         yield
     except InputError as error:
-        told = [problem._replace(where=f"{key}: {problem.where}") for problem in error.problems]
+        told = [problem._replace(where=f"{key}{key and ': '}{problem.where}") for problem in error.problems]
         errors.append(type(error)(error.summary, told))
 
 
@@ -147,7 +149,7 @@ def _check_terms(recipe: Recipe, errors: list[InputError]) -> None:
     from limbeck.terms.terms import OWN_MODEL, UNKNOWN, find
     from limbeck.terms.waivers import read_waivers
 
-    with _noting(errors, "waivers"):
+    with _noting(errors):
         read_waivers(recipe)
     for index, source in enumerate(recipe.prompts):
         if isinstance(source, FilePrompts) and source.terms not in (None, OWN_MODEL, UNKNOWN):
@@ -225,7 +227,7 @@ def _models(recipe: Recipe) -> Iterator[tuple[str, str, Precision]]:
         yield "student.model", recipe.student.model, recipe.train.precision
 
 
-def _check_models(recipe: Recipe, errors: list[InputError]) -> dict[str, Digest]:
+def _check_models(recipe: Recipe, errors: list[InputError], answered: bool) -> dict[str, Digest]:
     from limbeck.models import load_config, load_tokenizer, refuse_other_tokenizer, resolve, template_digest
 
     digests: dict[str, Digest] = {}
@@ -258,10 +260,8 @@ def _check_models(recipe: Recipe, errors: list[InputError]) -> dict[str, Digest]
             and isinstance(recipe.student, PrunedStudent)
             and key in ("teacher.model", "teacher.0.model")
         ):
-            try:
-                _check_pruning(ref, recipe.student, config)
-            except ModelError as error:  # its places are keys of the recipe already
-                errors.append(error)
+            with _noting(errors):
+                _check_pruning(ref, recipe.student, config, answered)
     return digests
 
 
@@ -367,15 +367,19 @@ def _narrow(ref: str, width: int, tokens: int) -> ModelError:
     return ModelError("a model is narrower than its tokenizer", [problem])
 
 
-def _check_pruning(ref: str, student: PrunedStudent, config: PreTrainedConfig) -> None:
-    """Whether the teacher can be made as small as asked; its weights are not loaded for that."""
+def _check_pruning(ref: str, student: PrunedStudent, config: PreTrainedConfig, answered: bool) -> None:
+    """Whether the teacher can be made as small as asked; its weights are not loaded for that. A recipe that removes
+    nothing is gone on with where it was answered already.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    from limbeck.student.wanted import wanted
+    from limbeck.student.wanted import refuse_whole, wanted
     from limbeck.student.width import check_width
 
     size = wanted(student, config, ref)
+    if not answered:
+        refuse_whole(student, config, ref)
     if size.width is not None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)

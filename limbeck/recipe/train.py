@@ -171,9 +171,11 @@ class Train(Part):
     learning_rate: PositiveFloat = 3e-4
     """The highest learning rate, reached after the warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up: to 0 along a cosine or a line, or not at all."""
+    """How the learning rate falls after the warm-up: along a cosine or a line, to 0 one step after the last, or not at
+    all.
+    """
     warmup: Annotated[float, Field(ge=0, lt=1), NUMBER] = 0.05
-    """Share of the steps over which the learning rate rises from 0."""
+    """Share of the steps over which the learning rate rises evenly. The first step's is above 0: it learns, too."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of AdamW."""
     beta2: Annotated[float, Field(gt=0, lt=1), NUMBER] = 0.95

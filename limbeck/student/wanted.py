@@ -41,6 +41,24 @@ def wanted(student: PrunedStudent, config: PreTrainedConfig, teacher: str) -> Wa
     return Wanted(there if layers is None else layers, Width(heads, neurons) if heads or neurons else None)
 
 
+def refuse_whole(student: PrunedStudent, config: PreTrainedConfig, teacher: str) -> None:
+    """Raises `ModelError` where what the recipe keeps is all that there is, so that nothing would be pruned."""
+    size, there = wanted(student, config, teacher), config.get_text_config().num_hidden_layers
+    width = size.width or Width(None, None)
+    if size.layers < there or width.heads not in (None, heads_of(config)):
+        return
+    if width.neurons not in (None, neurons_of(config)):
+        return
+    asked = ", ".join(f"{key}: {value}" for key, value in student if key not in ("kind", "choose") and value)
+    expected = "at least one number below the teacher's"
+    remedy = (
+        f"set student.layers below {there}, or begin as the whole teacher, student: {{kind: pretrained, model: "
+        f'"{teacher}"}}'
+    )
+    problem = Problem("student", f"{asked}, all that {teacher} has", expected, remedy)
+    raise ModelError("nothing would be pruned", [problem])
+
+
 def _heads(student: PrunedStudent, config: PreTrainedConfig, teacher: str, problems: list[Problem]) -> Heads | None:
     asked, asked_groups, before = student.attention_heads, student.key_value_heads, len(problems)
     if asked is None and asked_groups is None:

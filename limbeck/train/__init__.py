@@ -5,6 +5,7 @@ pairing     a loss against a signal, in its plain form
 kernels     value and gradient for a block of rows
 fused       the loss from hidden states and head, a chunk of positions at a time
 schedule    which examples every step sees, settled beforehand
+rates       the learning rate of every step
 rollouts    the answers that the student writes while it learns
 adapter     a low-rank adapter in place of the student's own weights
 feed        from the schedule to the forward passes of each step
@@ -24,6 +25,7 @@ def __getattr__(name: str) -> object:
         "kernels",
         "fused",
         "schedule",
+        "rates",
         "rollouts",
         "adapter",
         "feed",

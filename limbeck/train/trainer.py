@@ -1,8 +1,9 @@
 """The trainer: `transformers.Trainer` with our loss, our order, and the exact denominator.
 
 What is ours: the loss is a sum of nats over supervised positions, divided by the number of supervised tokens of the
-whole optimiser step over all micro-batches and processes; what is learned from comes from a `Feed`. Everything else
-(mixed precision, learning-rate schedules, saving, resuming, FSDP and DeepSpeed through accelerate) is the library's.
+whole optimiser step over all micro-batches and processes; what is learned from comes from a `Feed`; no step has a
+learning rate of 0. Everything else (mixed precision, saving, resuming, FSDP and DeepSpeed through accelerate) is the
+library's.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import SchedulerType
 
 from limbeck import ranks
 from limbeck.models.attention import fast_attention
@@ -32,6 +36,7 @@ from limbeck.train.adapter import inner
 from limbeck.train.feed import Feed, MicroBatch
 from limbeck.train.fused import fused_loss
 from limbeck.train.losses import LossSpec, terms_of
+from limbeck.train.rates import share_of_peak
 from limbeck.train.sources import LiveTeacher, SignalSource
 from limbeck.train.workspace import kept_buffers
 
@@ -40,7 +45,11 @@ _COMPLETE = "complete"
 
 
 class DistillationTrainer(Trainer):
-    """Trains `model` on what `feed` brings against the teacher's `source`, with `loss`."""
+    """Trains `model` on what `feed` brings against the teacher's `source`, with `loss`.
+
+    Learning rates are those of `rates.share_of_peak`, by the schedule, warm-up and highest rate in `args`. With
+    `library_rates` they are transformers' own: for a comparison, step by step, with a trainer that has no others.
+    """
 
     def __init__(
         self,
@@ -51,6 +60,7 @@ class DistillationTrainer(Trainer):
         loss: LossSpec,
         temperature: float,
         allow_biased: bool = False,
+        library_rates: bool = False,
         **kwargs: Any,
     ):
         # The head is proved in parts now: later the model's own forward is ours, and autocast rounds its products.
@@ -58,6 +68,7 @@ class DistillationTrainer(Trainer):
         super().__init__(model=model, **kwargs)
         self._feed, self._source = feed, source
         self._loss, self._temperature, self._allow_biased = loss, temperature, allow_biased
+        self._library_rates = library_rates
         self._on_text = any(term.on == "text" for term in terms_of(loss))
         # Our compute_loss already divides by the tokens of the whole step.
         self.loss_is_scaled_for_ga = True
@@ -78,6 +89,23 @@ class DistillationTrainer(Trainer):
             kept_buffers(),
         ):
             return super().train(*args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """As the library's, with rates that are above 0 at every step.
+
+        Raises:
+            ValueError: a schedule that `rates.share_of_peak` does not have.
+        """
+        if self.lr_scheduler is None and not self._library_rates:
+            share = partial(
+                share_of_peak,
+                schedule=SchedulerType(self.args.lr_scheduler_type).value,
+                warmup=self.args.get_warmup_steps(num_training_steps),
+                steps=num_training_steps,
+            )
+            self.lr_scheduler = LambdaLR(optimizer or cast("torch.optim.Optimizer", self.optimizer), share)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The micro-batches of this process. The schedule has cut them; accelerate must not cut them again."""
