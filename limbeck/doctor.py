@@ -163,11 +163,23 @@ def _kernels(device: str) -> list[Finding]:
     when = "" if always else f" for trainings on {compiling.LONG:,} tokens or more"
     compiled = f"torch's own kernels: {lacking}" if lacking else f"compiled (torch.compile){when}"
     found = [Finding("loss, norms, gates" if device == "cuda" else "norms, gates", compiled, remedy)]
+    if device == "cpu":
+        found.append(_unit())
     if device == "cuda":
         there = is_flash_attn_2_available()
         padded = "torch's sdpa: sequences are padded, flash-attn is not there"
         found.append(Finding("attention", "flash-attn: sequences are packed" if there else padded))
     return found
+
+
+def _unit() -> Finding:
+    from limbeck.models import amx
+
+    lacking = amx.lacking()
+    longer = "" if os.environ.get(amx.SWITCH) == "1" else f" for trainings on {amx.WORTH:,} tokens or more"
+    return Finding(
+        "weights' gradients", f"torch's own product: {lacking}" if lacking else f"by the matrix unit (AMX){longer}"
+    )
 
 
 def _memory_bytes() -> int:

@@ -46,16 +46,23 @@ def processor() -> Processor:
     """The device that torch would train on: the first CUDA device, or else the CPU."""
     import torch
 
-    said = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    flags = {name for name, there in said.items() if there is True} | _kernel_flags()
-    instructions = tuple(name for name in _BF16 if name in flags)
+    said, flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}, instructions()
+    bf16_instructions = tuple(name for name in _BF16 if name in flags)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.cuda.is_available():
         # Emulation is slower than float32, so it does not count.
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Processor("cuda", torch.cuda.get_device_name(0), cores, bf16, instructions)
+        return Processor("cuda", torch.cuda.get_device_name(0), cores, bf16, bf16_instructions)
     name = str(said.get("cpu_name") or platform.processor() or platform.machine())
-    return Processor("cpu", name, cores, bool(instructions), instructions)
+    return Processor("cpu", name, cores, bool(bf16_instructions), bf16_instructions)
+
+
+def instructions() -> set[str]:
+    """Everything that this CPU can do, as torch and Linux call it."""
+    import torch
+
+    said = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return {name for name, there in said.items() if there is True} | _kernel_flags()
 
 
 def _kernel_flags() -> set[str]:

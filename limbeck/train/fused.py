@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from limbeck.errors import InputError, Problem
+from limbeck.models import amx
 from limbeck.signal.types import HiddenSignal, Signal
 from limbeck.train import compiled, kernels
 from limbeck.train.losses import LossSpec
@@ -304,6 +305,8 @@ class _HeadGradient:
         total_VD = self._total_VD
         if total_VD.dtype == grad_CV.dtype:
             total_VD.addmm_(grad_CV.t(), hidden_CD, beta=int(self._begun))
+        elif grad_CV.dtype == torch.bfloat16 and total_VD.dtype == torch.float32 and amx.usable(total_VD.device):
+            amx.weight_gradient(grad_CV, hidden_CD, total_VD, add=self._begun)
         elif _adds_wide(total_VD.device):
             wide, beta = total_VD.dtype, int(self._begun)
             torch.addmm(total_VD, grad_CV.t(), hidden_CD, out_dtype=wide, beta=beta, out=total_VD)

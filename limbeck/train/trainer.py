@@ -25,6 +25,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import SchedulerType
 
 from limbeck import ranks
+from limbeck.models import amx
+from limbeck.models.amx.linear import float32_gradients
 from limbeck.models.attention import fast_attention
 from limbeck.models.compiling import on_cpu
 from limbeck.models.gated import fused_gates
@@ -82,9 +84,11 @@ class DistillationTrainer(Trainer):
         narrow = torch.bfloat16 if self.args.bf16 else None
         with (
             on_cpu(self._feed.tokens),
+            amx.for_training(self._feed.tokens if self.args.bf16 else 0),
             fast_attention(model),
             narrow_stream(inner(model), narrow),
             fused_gates(model),
+            float32_gradients(model),
             self._source.running() if isinstance(self._source, LiveTeacher) else nullcontext(),
             kept_buffers(),
         ):
