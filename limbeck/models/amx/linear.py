@@ -25,7 +25,7 @@ def float32_gradients(model: PreTrainedModel) -> Iterator[None]:
     try:
         for module in model.modules() if amx.usable(model.device) else ():
             if type(module) is nn.Linear and _fitting(module) and "forward" not in vars(module):
-                module.forward = _forward(module)
+                module.forward = _forward(module)  # pyright: ignore[reportAttributeAccessIssue]
                 replaced.append(module)
         yield
     finally:
