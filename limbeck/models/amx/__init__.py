@@ -36,6 +36,8 @@ LEAST = 64
 
 _NEEDED = ("amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl")
 _FLAGS = ("-O3", "-std=c++17", "-mamx-tile", "-mamx-bf16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-fopenmp", "-fPIC")
+_PATIENCE = 120
+"""Seconds that a compiler is waited for; it takes two or three."""
 _log = logging.getLogger(__name__)
 _wanted = False
 
@@ -101,7 +103,7 @@ def _library() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(_compiled()))
     except (LimbeckError, OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
+        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         _log.warning("the matrix unit is done without (%s=0 does not try): %s", SWITCH, " ".join(said.split())[:300])
         return None
     number, matrix = ctypes.c_int64, (ctypes.c_void_p, ctypes.c_int64)
@@ -119,6 +121,8 @@ def _compiled() -> Path:
     def build(directory: Path) -> None:
         (directory / "weight_gradient.cpp").write_bytes(source)
         command = [compiler, *_FLAGS, "-shared", "weight_gradient.cpp", "-o", "weight_gradient.so"]
-        subprocess.run(command, cwd=directory, check=True, capture_output=True, text=True, timeout=300)
+        subprocess.run(
+            command, cwd=directory, check=True, capture_output=True, text=True, errors="replace", timeout=_PATIENCE
+        )
 
     return cached(f"kernels/{made_of}", build).path / "weight_gradient.so"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def float32_gradients(model: PreTrainedModel) -> Iterator[None]:
     try:
         for module in model.modules() if amx.usable(model.device) else ():
             if type(module) is nn.Linear and _fitting(module) and "forward" not in vars(module):
-                module.forward = _forward(module)  # pyright: ignore[reportAttributeAccessIssue]
+                # Bound to the module, so that a copy's computes with the copy's weights.
+                module.forward = MethodType(_forward, module)
                 replaced.append(module)
         yield
     finally:
@@ -38,17 +40,12 @@ def _fitting(module: nn.Linear) -> bool:
     return weight.requires_grad and weight.dtype == torch.float32 and min(weight.shape) >= amx.LEAST
 
 
-def _forward(module: nn.Linear):
-    plain = module.forward
-
-    def forward(x: Tensor) -> Tensor:
-        # The weight is asked for anew in every pass: where weights are divided among processes, it is another then.
-        narrow = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        if not narrow or not torch.is_grad_enabled() or not module.weight.requires_grad:
-            return plain(x)
-        return _Linear.apply(x, module.weight, module.bias)  # pyright: ignore[reportReturnType]
-
-    return forward
+def _forward(module: nn.Linear, x: Tensor) -> Tensor:
+    # The weight is asked for anew in every pass: where weights are divided among processes, it is another then.
+    narrow = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if not narrow or not torch.is_grad_enabled() or not module.weight.requires_grad:
+        return nn.Linear.forward(module, x)
+    return _Linear.apply(x, module.weight, module.bias)  # pyright: ignore[reportReturnType]
 
 
 class _Linear(torch.autograd.Function):
