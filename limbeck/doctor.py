@@ -119,11 +119,14 @@ def _machine() -> list[Finding]:
 
 def _pages() -> list[Finding]:
     """Whether tensors on a CPU come to lie in large pages, which makes memory up to three times as fast."""
-    from limbeck.models.processor import large_pages
+    from limbeck.models.processor import counted, large_pages
 
     said = large_pages()
     if said is None:
         return []
+    if said == "madvise" and counted():
+        remedy = "lift ulimit -v and -d, or set vm.overcommit_memory to 0"
+        return [Finding("large pages", "not used: this process's addresses are limited", remedy)]
     on = said != "never"
     remedy = "" if on else "as root: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
     return [Finding("large pages", f"{'used by training' if on else 'switched off in the kernel'} ({said})", remedy)]

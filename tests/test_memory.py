@@ -15,7 +15,7 @@ from limbeck import doctor
 processor = import_module("limbeck.models.processor")  # by its name: the package has a function of that name
 
 _GLIBC = """
-import json, resource
+import json, mmap, resource
 import torch
 from limbeck import models
 
@@ -37,15 +37,22 @@ torch.ones(1 << 22)
 at = faults()
 again()
 faulted = faults() - at
+with mmap.mmap(-1, 1 << 28, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as asked:
+    try:
+        asked.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        pass
+    asked.write(bytes(1 << 28))
+    given = resident("AnonHugePages")
 held = torch.ones(1 << 26)
-print(json.dumps([kept, models.keep_memory(), grown, faulted, resident("AnonHugePages")]))
+print(json.dumps([kept, models.keep_memory(), grown, faulted, resident("AnonHugePages"), given]))
 """
 
 
 @pytest.fixture(scope="module")
 def seen() -> list[int]:
     """Whether it was done, and once more; bytes by which the process grew; faults of twenty tensors of 16 MiB; bytes in
-    large pages beside one of 256 MiB.
+    large pages beside one of 256 MiB, and beside as much asked of the kernel by Python.
     """
     if not Path("/proc/self/smaps_rollup").exists():
         pytest.skip("a kernel that does not say what a process has")
@@ -70,10 +77,52 @@ def test_it_may_be_asked_for_twice(seen: list[int]):
 
 
 def test_tensors_are_in_large_pages_where_the_kernel_has_them(seen: list[int]):
-    if processor.large_pages() in (None, "never"):
-        pytest.skip("this kernel has no large pages")
-    # Not all: a kernel short of contiguous memory gives some.
+    if seen[5] < 1 << 27 or processor.counted():
+        pytest.skip("this kernel has no large pages, or none to give")
     assert seen[4] >= 64 << 20
+
+
+_LIMITED = """
+import json, resource, sys
+from importlib import import_module
+processor = import_module("limbeck.models.processor")
+
+def addresses():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmSize")) << 10
+
+kind = getattr(resource, sys.argv[1])
+resource.setrlimit(kind, (1 << 40, resource.getrlimit(kind)[1]))
+before = addresses()
+print(json.dumps([processor.keep_memory(), addresses() - before]))
+"""
+
+
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_where_addresses_are_limited_none_are_taken_ahead(limit: str):
+    """They are for weights that are mapped, and for the stacks of threads, too."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("a system that does not say what a process has")
+    done = subprocess.run([sys.executable, "-c", _LIMITED, limit], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    kept, taken = json.loads(done.stdout)
+    if not kept:
+        pytest.skip("another C library than glibc")
+    assert taken < 64 << 20
+
+
+@pytest.mark.parametrize(("said", "expected"), [("0", False), ("1", False), ("2", True)])
+def test_where_the_kernel_promises_no_more_than_it_has_addresses_are_counted(
+    tmp_path, monkeypatch, said: str, expected: bool
+):
+    monkeypatch.setattr(processor.resource, "getrlimit", lambda _: (processor.resource.RLIM_INFINITY,) * 2)
+    (tmp_path / "overcommit").write_text(f"{said}\n", encoding="ascii")
+    monkeypatch.setattr(processor, "_OVERCOMMIT", tmp_path / "overcommit")
+    assert processor.counted() == expected
+    (tmp_path / "enabled").write_text("always [madvise] never\n", encoding="ascii")
+    monkeypatch.setattr(processor, "_LARGE_PAGES", tmp_path / "enabled")
+    found = {finding.name: finding for finding in doctor.examine()}["large pages"]
+    assert found.value.startswith("not used") == bool(found.remedy) == expected
 
 
 @pytest.mark.parametrize(
@@ -89,6 +138,7 @@ def test_the_doctor_says_whether_large_pages_are_used(
 ):
     (tmp_path / "enabled").write_text(said, encoding="ascii")
     monkeypatch.setattr(processor, "_LARGE_PAGES", tmp_path / "enabled")
+    monkeypatch.setattr(processor, "counted", lambda: False)
     assert processor.large_pages() == mode
     found = {finding.name: finding for finding in doctor.examine()}["large pages"]
     assert found.value == told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import resource
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -22,6 +23,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _MADV_HUGEPAGE = 14
 """From Linux's mman-common.h."""
 _LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 _LEAST_AHEAD = 1 << 28
 _kept = False
 """Whether `keep_memory` has done it."""
@@ -127,19 +129,35 @@ def _ask_for_large_pages(libc: ctypes.CDLL) -> None:
     """Grows the heap by half of the machine's memory, which takes none before it is written to, and asks for large
     pages there (madvise(2): MADV_HUGEPAGE).
 
+    Not where addresses are counted as if they were memory: under a limit of the process (setrlimit(2)), of which
+    weights and threads need their part, or where the kernel promises no more than it has (vm.overcommit_memory = 2).
+
     Finding out where a page of 4 KiB lies takes longer than reading it, the more so in a virtual machine: 64 MiB were
     read at 9 GB/s, and at 27 in large pages; a training step took two thirds of the time on a day of slow memory. The C
     library has a setting of its own for this, but only where it is in the environment before the process starts.
     """
+    if counted():
+        return
     page = os.sysconf("SC_PAGE_SIZE")
     size = os.sysconf("SC_PHYS_PAGES") // 2 * page
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    while (at := libc.malloc(size)) is None:  # a limit on the process's addresses, or on what the kernel promises
+    while (at := libc.malloc(size)) is None:  # more than the kernel promises
         size //= 2
         if size < _LEAST_AHEAD:
             return
     first = -(-at // page) * page
     libc.madvise(first, (at + size - first) // page * page, _MADV_HUGEPAGE)  # a kernel without them refuses, no harm
     libc.free(at)
+
+
+def counted() -> bool:
+    """Whether addresses of this process that it never wrote to are counted against a limit."""
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    if any(limit != resource.RLIM_INFINITY for limit in limits):
+        return True
+    try:
+        return _OVERCOMMIT.read_text(encoding="ascii").strip() == "2"
+    except OSError:
+        return False
