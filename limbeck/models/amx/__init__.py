@@ -102,7 +102,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(str(_compiled()))
-    except (LimbeckError, OSError, subprocess.SubprocessError) as error:
+    except (LimbeckError, OSError, RuntimeError, subprocess.SubprocessError) as error:  # runtime: no home directory
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         _log.warning("the matrix unit is done without (%s=0 does not try): %s", SWITCH, " ".join(said.split())[:300])
         return None

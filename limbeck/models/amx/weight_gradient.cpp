@@ -2,15 +2,16 @@
 //
 //     out[O, I] = dy[N, O].T @ x[N, I]          or out += ..., in float32 from bfloat16
 //
-// What oneDNN does for it runs at half the rate of its other products and ends in bfloat16. Here dy and x are brought into
-// the order that the unit reads, and sums stay in float32 to the end.
+// What oneDNN does for it runs at half the rate of its other products and ends in bfloat16. Here dy and x are brought
+// into the order that the unit reads, and sums stay in float32 to the end.
 //
-// A tile of the unit holds 16 rows of 64 bytes. Four of its eight tiles are a block of 32 x 32 sums, two hold 32 columns of
-// dy over 32 of the N rows, two the same of x. The product is that of instruction TDPBF16PS (Intel 64 and IA-32 Architectures
-// Software Developer's Manual, volume 2): columns of dy become rows, and rows of x stand in pairs, the next one's number
-// beside each. x is brought into order as a whole, by all threads; each thread has rows of `out` of its own, for which it
-// brings columns of dy into order, as many at a time as its own cache holds with their sums. Of N, 512 are taken at a time:
-// 32 columns of x then stay in the first cache while those of dy pass by, which is what lets the unit work without a break.
+// A tile of the unit holds 16 rows of 64 bytes. Four of its eight tiles are a block of 32 x 32 sums, two hold 32
+// columns of dy over 32 of the N rows, two the same of x. The product is that of instruction TDPBF16PS (Intel 64 and
+// IA-32 Architectures Software Developer's Manual, volume 2): columns of dy become rows, and rows of x stand in pairs,
+// the next one's number beside each. x is brought into order as a whole, by all threads; each thread has rows of `out`
+// of its own, for which it brings columns of dy into order, as many at a time as its own cache holds with their sums.
+// Of N, 512 are taken at a time: 32 columns of x then stay in the first cache while those of dy pass by, which is what
+// lets the unit work without a break.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -27,7 +28,7 @@ using bf16 = uint16_t;
 
 constexpr int64_t SIDE = 32;          // rows and columns of a block, and of N in a tile
 constexpr int64_t TILE = 16 * 32;     // numbers of bfloat16 in a tile; half as many of float32
-constexpr int64_t PAIR = 2 * TILE;    // two tiles: 32 x 32 of bfloat16. As many bytes twice are a block's sums
+constexpr int64_t PAIR = 2 * TILE;    // two tiles: 32 x 32 of bfloat16; as many of float32 are a block's sums
 constexpr int64_t PART = 512 / SIDE;  // of N at a time, in tiles
 constexpr int64_t BLOCKS = 8;         // of dy's columns at a time, in blocks: 256 KiB with PART of N
 constexpr int64_t PANELS = 24;        // of x's columns at a time, in blocks: 768 KiB of sums with BLOCKS
