@@ -155,3 +155,17 @@ def test_the_doctor_says_what_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     lacking = next(finding for finding in doctor.examine() if finding.name == "loss, norms, gates")
     assert "triton" in lacking.value
     assert "triton" in lacking.remedy
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("0", "switched off by LIMBECK_COMPILE=0"),
+        ("false", "switched off by LIMBECK_COMPILE=false, which is neither 0 nor 1"),
+    ],
+)
+def test_a_switch_that_is_neither_on_nor_off_is_off_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, said: str, why: str
+) -> None:
+    monkeypatch.setenv(compiling.SWITCH, said)
+    assert {compiling.missing("cpu"), compiling.missing("cuda")} == {why}

@@ -122,6 +122,7 @@ def test_a_pruned_student_that_keeps_all_is_refused_before_anything_is_spent(giv
     [(where, found, expected, remedy)] = caught.value.problems
     assert (where, expected) == ("student", "at least one number below the teacher's")
     assert found == f"{', '.join(f'{key}: {value}' for key, value in asked.items())}, all that {ref} has"
+    assert remedy.startswith(f"set {' or '.join(f'student.{key}' for key in asked)} lower")
     preflight(Recipe.model_validate(given), answered=True)  # paid for: it is gone on with
     for key in keys:
         lower = {key: WHOLE[key] // 2}

@@ -36,8 +36,9 @@ _on_cpu = False
 
 def missing(device: str = "cuda") -> str | None:
     """What keeps kernels from being compiled for such a device ("cuda", "cpu") here; None if nothing does."""
-    if os.environ.get(SWITCH, "1") == "0":
-        return f"switched off by {SWITCH}=0"
+    said = os.environ.get(SWITCH) or "1"
+    if said != "1":
+        return f"switched off by {SWITCH}={said}" + ("" if said == "0" else ", which is neither 0 nor 1")
     if device == "cuda" and find_spec("triton") is None:
         return "triton is not installed"
     names = (os.environ.get("CC"), "gcc", "clang") if device == "cuda" else (os.environ.get("CXX"), "g++", "clang++")

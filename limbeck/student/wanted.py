@@ -51,8 +51,9 @@ def refuse_whole(student: PrunedStudent, config: PreTrainedConfig, teacher: str)
         return
     asked = ", ".join(f"{key}: {value}" for key, value in student if key not in ("kind", "choose") and value)
     expected = "at least one number below the teacher's"
+    keys = [f"student.{key}" for key, value in student if key not in ("kind", "choose") and value]
     remedy = (
-        f"set student.layers below {there}, or begin as the whole teacher, student: {{kind: pretrained, model: "
+        f"set {' or '.join(keys)} lower, or begin as the whole teacher, student: {{kind: pretrained, model: "
         f'"{teacher}"}}'
     )
     problem = Problem("student", f"{asked}, all that {teacher} has", expected, remedy)
