@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import resource
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -48,23 +49,27 @@ def processor() -> Processor:
     """The device that torch would train on: the first CUDA device, or else the CPU."""
     import torch
 
-    said, flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}, instructions()
-    bf16_instructions = tuple(name for name in _BF16 if name in flags)
+    there = instructions()
+    bf16_instructions = tuple(name for name in _BF16 if name in there)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.cuda.is_available():
         # Emulation is slower than float32, so it does not count.
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return Processor("cuda", torch.cuda.get_device_name(0), cores, bf16, bf16_instructions)
-    name = str(said.get("cpu_name") or platform.processor() or platform.machine())
+    name = str(_capabilities().get("cpu_name") or platform.processor() or platform.machine())
     return Processor("cpu", name, cores, bool(bf16_instructions), bf16_instructions)
 
 
 def instructions() -> set[str]:
     """Everything that this CPU can do, as torch and Linux call it."""
+    return {name for name, there in _capabilities().items() if there is True} | _kernel_flags()
+
+
+def _capabilities() -> Mapping[str, object]:
+    """What torch says of this CPU; nothing where it is too old to say."""
     import torch
 
-    said = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return {name for name, there in said.items() if there is True} | _kernel_flags()
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def _kernel_flags() -> set[str]:
