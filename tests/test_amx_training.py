@@ -20,7 +20,7 @@ from test_train import curve, fresh, weights
 from torch import Tensor, nn
 
 import limbeck
-from limbeck.models import amx
+from limbeck.models import amx, layer_parts, layers
 from limbeck.models.amx.linear import float32_gradients
 from limbeck.models.compiling import SWITCH
 from limbeck.recipe import Recipe
@@ -118,6 +118,16 @@ def test_a_steps_gradient_is_no_farther_from_float32s_than_torchs_however_it_is_
     error = float((found - rounding.exact).norm())
     assert error <= 1.05 * rounding.torchs
     assert error <= 0.05 * float(rounding.exact.norm())
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulate": 4}], ids=["whole", "in four pieces"])
+def test_nor_with_layers_in_few_kernels(wide_run, tmp_path, rounding, products, monkeypatch, settings):
+    """The kernels as they are written; attention's four products become two, the MLP's three stay three."""
+    monkeypatch.setattr(layers, "usable", lambda _device: True)
+    monkeypatch.setattr(layer_parts, "compiled", lambda function: function)
+    found = first_gradient(wide_run, tmp_path / "run", **settings)
+    assert products
+    assert float((found - rounding.exact).norm()) <= 1.05 * rounding.torchs
 
 
 def test_a_training_gone_on_with_ends_with_the_same_bits(wide_run, tmp_path, products):

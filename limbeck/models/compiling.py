@@ -101,7 +101,19 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def any_rows(matrix: Tensor) -> Tensor:
     """The same tensor; how many rows it has is not compiled in."""
+    return any_size(matrix, 0)
+
+
+def any_size(tensor: Tensor, *axes: int) -> Tensor:
+    """The same tensor; how long those axes are is not compiled in."""
     import torch
 
-    torch._dynamo.maybe_mark_dynamic(matrix, 0)
-    return matrix
+    torch._dynamo.maybe_mark_dynamic(tensor, axes)
+    return tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32, or float64 as it is: what compiled functions compute in."""
+    import torch
+
+    return x if x.dtype == torch.float64 else x.float()

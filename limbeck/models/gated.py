@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from limbeck.models.compiling import any_rows, compiled, usable
+from limbeck.models.compiling import any_rows, compiled, usable, wide
 
 _PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 """What the classes of transformers call the parts of a gated MLP."""
@@ -57,7 +57,7 @@ def gate_of(module: nn.Module) -> str | None:
     x_BTD = torch.randn(1, 4, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
     g_N = torch.linspace(-8, 8, 65, device=weight.device)
     with torch.autocast(weight.device.type, enabled=False):
-        name = next((n for n, act in _ACTIVATIONS.items() if torch.allclose(act_fn(g_N), act(g_N)[0], atol=1e-6)), None)
+        name = next((n for n, act in ACTIVATIONS.items() if torch.allclose(act_fn(g_N), act(g_N)[0], atol=1e-6)), None)
         if name is None:
             return None
         expected = down_proj(act_fn(gate_proj(x_BTD)) * up_proj(x_BTD))
@@ -93,17 +93,13 @@ class _Gate(torch.autograd.Function):
 
 
 def _product(gate_NI: Tensor, up_NI: Tensor, activation: str) -> Tensor:
-    return (_ACTIVATIONS[activation](_wide(gate_NI))[0] * _wide(up_NI)).to(gate_NI.dtype)
+    return (ACTIVATIONS[activation](wide(gate_NI))[0] * wide(up_NI)).to(gate_NI.dtype)
 
 
 def _product_back(grad_NI: Tensor, gate_NI: Tensor, up_NI: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    wide_NI = _wide(grad_NI)
-    act_NI, slope_NI = _ACTIVATIONS[activation](_wide(gate_NI))
-    return (wide_NI * _wide(up_NI) * slope_NI).to(gate_NI.dtype), (wide_NI * act_NI).to(up_NI.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    wide_NI = wide(grad_NI)
+    act_NI, slope_NI = ACTIVATIONS[activation](wide(gate_NI))
+    return (wide_NI * wide(up_NI) * slope_NI).to(gate_NI.dtype), (wide_NI * act_NI).to(up_NI.dtype)
 
 
 def _silu(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,5 +114,5 @@ def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
     return 0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * scale * (1 + 3 * cube * x * x)
 
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"silu": _silu, "gelu_tanh": _gelu_tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"silu": _silu, "gelu_tanh": _gelu_tanh}
 """Value and derivative."""

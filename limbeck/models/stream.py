@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from limbeck.models.compiling import any_rows, compiled, usable
+from limbeck.models.compiling import any_rows, compiled, usable, wide
 
 _EPSILONS = ("variance_epsilon", "eps")
 """Under which names the classes of transformers keep the number that is added to the mean square."""
@@ -144,7 +144,7 @@ class _RootMeanSquare(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
         if usable(x.device):
             x_ND = x.detach().reshape(-1, x.shape[-1])
-            out_ND, rstd_N1 = compiled(_scaled)(any_rows(x_ND), weight_D.detach(), epsilon, dtype)
+            out_ND, rstd_N1 = compiled(scaled)(any_rows(x_ND), weight_D.detach(), epsilon, dtype)
             ctx.save_for_backward(x, rstd_N1, weight_D)
             return out_ND.view(x.shape)
         wide_ND = x.detach().reshape(-1, x.shape[-1]).to(torch.float32, copy=True)
@@ -173,17 +173,22 @@ class _RootMeanSquare(torch.autograd.Function):
         return grad_x_ND.to(x.dtype).view(x.shape), grad_weight_D, None, None
 
 
-def _scaled(x_ND: Tensor, weight_D: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What `_RootMeanSquare.forward` computes, as it is compiled for a GPU."""
-    wide_ND = x_ND.float()
+def scaled(x_ND: Tensor, weight_D: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What `_RootMeanSquare.forward` computes, as it is compiled: x / r * weight, and 1 / r as [N, 1]."""
+    wide_ND = wide(x_ND)
     rstd_N1 = (wide_ND.square().mean(dim=-1, keepdim=True) + epsilon).rsqrt()
     return (wide_ND * rstd_N1 * weight_D).to(dtype), rstd_N1
 
 
-def _scaled_back(grad_ND: Tensor, x_ND: Tensor, rstd_N1: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
-    """What `_RootMeanSquare.backward` computes, as it is compiled for a GPU."""
-    n_ND, wide_ND = x_ND.float() * rstd_N1, grad_ND.float()
-    by_weight_ND = wide_ND * weight_D.float()
+def slopes(grad_ND: Tensor, x_ND: Tensor, rstd_N1: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the weight, wide, from that of `scaled`."""
+    n_ND, wide_ND = wide(x_ND) * rstd_N1, wide(grad_ND)
+    by_weight_ND = wide_ND * wide(weight_D)
     along_N1 = (by_weight_ND * n_ND).mean(dim=-1, keepdim=True)
-    grad_x_ND = (by_weight_ND - n_ND * along_N1) * rstd_N1
-    return grad_x_ND.to(x_ND.dtype), (wide_ND * n_ND).sum(dim=0).to(weight_D.dtype)
+    return (by_weight_ND - n_ND * along_N1) * rstd_N1, (wide_ND * n_ND).sum(dim=0)
+
+
+def _scaled_back(grad_ND: Tensor, x_ND: Tensor, rstd_N1: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_RootMeanSquare.backward` computes, as it is compiled."""
+    grad_x_ND, grad_weight_D = slopes(grad_ND, x_ND, rstd_N1, weight_D)
+    return grad_x_ND.to(x_ND.dtype), grad_weight_D.to(weight_D.dtype)

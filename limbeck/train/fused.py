@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from limbeck.errors import InputError, Problem
 from limbeck.models import amx
+from limbeck.models.products import adds_wide
 from limbeck.signal.types import HiddenSignal, Signal
 from limbeck.train import compiled, kernels
 from limbeck.train.losses import LossSpec
@@ -271,19 +271,6 @@ def _sum_terms(
     return total
 
 
-@cache
-def _adds_wide(device: torch.device) -> bool:
-    """Whether products of bfloat16 are added to float32 as they are, without being rounded first: cuBLAS can."""
-    if device.type != "cuda":
-        return False
-    a, total = (torch.ones(16, 16, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
-    try:
-        torch.addmm(total, a, a, out_dtype=torch.float32, beta=1, out=total)
-    except (NotImplementedError, RuntimeError, TypeError):
-        return False
-    return bool((total == 17).all())
-
-
 def _gradient_of(weight: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Where a gradient of a head goes. Where it becomes the head's `grad` as it is, its memory is used again once that
     was let go. Several processes may hold on to it longer, to send it.
@@ -307,7 +294,7 @@ class _HeadGradient:
             total_VD.addmm_(grad_CV.t(), hidden_CD, beta=int(self._begun))
         elif grad_CV.dtype == torch.bfloat16 and total_VD.dtype == torch.float32 and amx.usable(total_VD.device):
             amx.weight_gradient(grad_CV, hidden_CD, total_VD, add=self._begun)
-        elif _adds_wide(total_VD.device):
+        elif adds_wide(total_VD.device):
             wide, beta = total_VD.dtype, int(self._begun)
             torch.addmm(total_VD, grad_CV.t(), hidden_CD, out_dtype=wide, beta=beta, out=total_VD)
         else:

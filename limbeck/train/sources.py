@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from limbeck.models.gated import fused_gates
+from limbeck.models.layers import fused_layers
 from limbeck.models.stream import narrow_stream
 from limbeck.render.batches import Batch
 from limbeck.signal.head import Head, head_of, hidden_states
@@ -57,7 +58,7 @@ class LiveTeacher:
         its own code rounds in between, and compiled where the student's are.
         """
         narrow = self._model.dtype if self._model.dtype is torch.bfloat16 else None
-        with narrow_stream(self._model, narrow), fused_gates(self._model):
+        with fused_layers(self._model, narrow), narrow_stream(self._model, narrow), fused_gates(self._model):
             yield
 
     @torch.no_grad()

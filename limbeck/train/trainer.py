@@ -30,6 +30,7 @@ from limbeck.models.amx.linear import float32_gradients
 from limbeck.models.attention import fast_attention
 from limbeck.models.compiling import on_cpu
 from limbeck.models.gated import fused_gates
+from limbeck.models.layers import fused_layers
 from limbeck.models.stream import narrow_stream
 from limbeck.render.batches import Batch
 from limbeck.signal.head import head_of, hidden_states
@@ -86,6 +87,7 @@ class DistillationTrainer(Trainer):
             on_cpu(self._feed.tokens),
             amx.for_training(self._feed.tokens if self.args.bf16 else 0),
             fast_attention(model),
+            fused_layers(inner(model), narrow),
             narrow_stream(inner(model), narrow),
             fused_gates(model),
             float32_gradients(model),

@@ -1,0 +1,221 @@
+"""Decoder layers of Llama's form in few kernels and few products, for training and for a live teacher.
+
+A layer of this form is
+
+    h = x + o(attention(rotated(q(n)), rotated(k(n)), v(n))),  n = norm(x)
+    y = h + down(act(gate(m)) * up(m)),                        m = norm(h)
+
+and may norm each head's query and key before it is rotated, as Qwen 3 does.
+
+Here q, k and v are one product, and gate and up another; a sum is added by the product before it, which rounds it once;
+heads are rotated and put in order by one kernel; gradients that meet are added where they are computed; the activated
+product is computed again in the backward pass instead of being kept. What lies between the products is compiled
+(`compiling`), and attention is whichever the model has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from limbeck.models.compiling import usable, wide
+from limbeck.models.gated import ACTIVATIONS, gate_of
+from limbeck.models.layer_parts import HeadNorms, added_gated_mlp, added_product, heads_in_order, normed_products
+from limbeck.models.stream import rms_epsilon
+
+_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_HEAD_NORMS = ("q_norm", "k_norm")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class _Form(NamedTuple):
+    """What tells one layer of the form from another, beside its weights."""
+
+    first_epsilon: float
+    second_epsilon: float
+    activation: str
+    heads: int
+    key_heads: int
+    head_width: int
+    head_epsilon: float | None
+    """Of norms of each head's query and key, if there are any."""
+
+
+@contextmanager
+def fused_layers(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
+    """While the block runs, decoder layers of Llama's form compute what they are given in `dtype` as this file does,
+    where functions are compiled for the model's device; nothing happens for None.
+
+    A layer that computes anything else than the formula, that has hooks or adapters in it, that keeps keys and values,
+    or whose activations are computed again (gradient checkpointing) runs as it is.
+    """
+    replaced: list[nn.Module] = []
+    try:
+        for layer in model.modules() if dtype is not None and usable(model.device) else ():
+            if "forward" not in vars(layer) and (form := form_of(layer)) is not None:
+                # Bound to the layer, so that a copy's computes with the copy's weights.
+                layer.forward = MethodType(_forward_of(form, cast("torch.dtype", dtype)), layer)
+                replaced.append(layer)
+        yield
+    finally:
+        for layer in replaced:
+            del layer.forward
+
+
+def form_of(layer: nn.Module) -> _Form | None:
+    """The form of a decoder layer; None for every other module.
+
+    Found by trying: the layer's result for random numbers is compared with the formula's.
+    """
+    if {name for name, _ in layer.named_children()} != _PARTS:
+        return None
+    parts = cast("Any", layer)
+    attention, mlp = parts.self_attn, parts.mlp
+    names = {name for name, _ in attention.named_children()}
+    if names not in (set(_PROJECTIONS), {*_PROJECTIONS, *_HEAD_NORMS}):
+        return None
+    projections = [getattr(attention, name) for name in _PROJECTIONS]
+    projections += [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not _plain_and_alike(projections) or any(_hooked(module) for module in layer.modules() if module is not layer):
+        return None
+    epsilons = rms_epsilon(parts.input_layernorm), rms_epsilon(parts.post_attention_layernorm)
+    activation, width = gate_of(mlp), getattr(attention, "head_dim", None)
+    if None in epsilons or activation is None or not isinstance(width, int):
+        return None
+    head_epsilon = None
+    if names > set(_PROJECTIONS):
+        norms = [getattr(attention, name) for name in _HEAD_NORMS]
+        head_epsilon, other = (rms_epsilon(norm) for norm in norms)
+        if head_epsilon is None or other != head_epsilon or any(len(norm.weight) != width for norm in norms):
+            return None
+    heads, key_heads = (p.out_features // width for p in projections[:2])
+    form = _Form(*cast("tuple[float, float]", epsilons), activation, heads, key_heads, width, head_epsilon)
+    return form if _proved(layer, form) else None
+
+
+def _plain_and_alike(projections: Sequence[Any]) -> bool:
+    """Whether all are plain products of one type, and those that are joined have biases or have none together."""
+    if any(type(p) is not nn.Linear for p in projections) or len({p.weight.dtype for p in projections}) > 1:
+        return False
+    q, k, v, _, gate, up, _ = (p.bias is None for p in projections)
+    return q == k == v and gate == up
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in _HOOKS) or "forward" in vars(module)
+
+
+@torch.no_grad()
+def _proved(layer: nn.Module, form: _Form) -> bool:
+    """Whether a layer computes the formula: in its own type, for a few random numbers, each token attending to all."""
+    attention = cast("Any", layer.self_attn)
+    weight, width = attention.q_proj.weight, form.head_width
+    generator = torch.Generator().manual_seed(0)
+    x_BTD = torch.randn(2, 5, weight.shape[1], generator=generator)
+    angles = torch.randn(2, 5, width // 2, generator=generator).repeat(1, 1, 2)
+    x_BTD, cos, sin = (t.to(weight.device, weight.dtype) for t in (x_BTD, angles.cos(), angles.sin()))
+    training, config = layer.training, attention.config
+    before, config._attn_implementation = config._attn_implementation, "eager"
+    try:
+        with torch.autocast(weight.device.type, enabled=False):
+            found = layer.eval()(x_BTD, attention_mask=None, position_embeddings=(cos, sin))
+            expected = _plain(layer, form, x_BTD, cos, sin)
+    except (TypeError, RuntimeError, ValueError):  # it is called otherwise, or has other shapes
+        return False
+    finally:
+        config._attn_implementation = before
+        layer.train(training)
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    least = 1e-3 * float((expected - x_BTD).abs().max())  # of what the layer adds
+    return torch.allclose(found - x_BTD, expected - x_BTD, rtol=1e-2, atol=least)
+
+
+def _plain(layer: Any, form: _Form, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The formula, an operation at a time."""
+    attention, mlp, width = layer.self_attn, layer.mlp, form.head_width
+
+    def rotated(x_BTE: Tensor, name: str) -> Tensor:
+        x = x_BTE.unflatten(-1, (-1, width))
+        if form.head_epsilon is not None:
+            x = nn.functional.rms_norm(x, (width,), getattr(attention, name).weight, form.head_epsilon)
+        turned = torch.cat([-x[..., width // 2 :], x[..., : width // 2]], dim=-1)
+        return x * cos[:, :, None] + turned * sin[:, :, None]
+
+    n = nn.functional.rms_norm(x_BTD, x_BTD.shape[-1:], layer.input_layernorm.weight, form.first_epsilon)
+    group = form.heads // form.key_heads
+    q = rotated(attention.q_proj(n), "q_norm").transpose(1, 2)
+    k = rotated(attention.k_proj(n), "k_norm").transpose(1, 2).repeat_interleave(group, dim=1)
+    v = attention.v_proj(n).unflatten(-1, (-1, width)).transpose(1, 2).repeat_interleave(group, dim=1)
+    p = torch.softmax(q.float() @ k.float().transpose(2, 3) * attention.scaling, dim=-1)
+    h = x_BTD + attention.o_proj((p.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+    m = nn.functional.rms_norm(h, h.shape[-1:], layer.post_attention_layernorm.weight, form.second_epsilon)
+    act = ACTIVATIONS[form.activation](wide(mlp.gate_proj(m)))[0].to(m.dtype)
+    return h + mlp.down_proj(act * mlp.up_proj(m))
+
+
+def _forward_of(form: _Form, dtype: torch.dtype) -> Callable[..., Any]:
+    """The forward of a layer, by what it is called with in transformers."""
+
+    def forward(
+        layer: Any,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        attention, mlp = layer.self_attn, layer.mlp
+        again = layer.training and getattr(layer, "gradient_checkpointing", False)
+        kind = attention.config._attn_implementation
+        whole = position_embeddings is not None and position_embeddings[0].shape[-1] == form.head_width
+        if hidden_states.dtype != dtype or past_key_values is not None or again or kind == "eager" or not whole:
+            return type(layer).forward(
+                layer,
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        cos_BTd, sin_BTd = cast("tuple[Tensor, Tensor]", position_embeddings)
+        x_BTD, qkv_BTE = normed_products(
+            hidden_states,
+            layer.input_layernorm.weight,
+            form.first_epsilon,
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+        )
+        norms = None
+        if form.head_epsilon is not None:
+            norms = HeadNorms(attention.q_norm.weight, attention.k_norm.weight, form.head_epsilon)
+        query, key, value = heads_in_order(qkv_BTE, cos_BTd, sin_BTd, form.heads, form.key_heads, norms)
+        if hasattr(attention, "sliding_window"):
+            kwargs["sliding_window"] = attention.sliding_window
+        mixed_BTHd, _ = ALL_ATTENTION_FUNCTIONS[kind](
+            attention,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=attention.attention_dropout if attention.training else 0.0,
+            scaling=attention.scaling,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        h_BTD = added_product(x_BTD, mixed_BTHd.flatten(2), attention.o_proj)
+        return added_gated_mlp(h_BTD, layer.post_attention_layernorm.weight, form.second_epsilon, mlp, form.activation)
+
+    return forward
