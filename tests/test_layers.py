@@ -135,6 +135,20 @@ def test_values_and_gradients_are_the_models_own(name: str, positions_BT: Tensor
 
 
 @pytest.mark.usefixtures("uncompiled")
+def test_layers_whose_weights_are_narrow_are_known_too() -> None:
+    """A live teacher's: nothing learns, and what is computed is as near to float64 as its own operations are."""
+    exact = model_of(OF_THE_FORM["Qwen3"], torch.bfloat16).eval().requires_grad_(False)
+    narrow = copy.deepcopy(exact)
+    exact_BTD = hidden_states(exact.double(), TOKENS_BT)
+    own_BTD = hidden_states(narrow, TOKENS_BT)
+    with fused_layers(narrow, torch.bfloat16):
+        assert len(replaced(narrow)) == 2
+        found_BTD = hidden_states(narrow, TOKENS_BT)
+    assert found_BTD.dtype == torch.bfloat16
+    assert (found_BTD - exact_BTD).norm() <= 1.1 * (own_BTD - exact_BTD).norm() <= 0.1 * exact_BTD.norm()
+
+
+@pytest.mark.usefixtures("uncompiled")
 def test_they_attend_as_a_training_on_a_cpu_does() -> None:
     model = model_of(OF_THE_FORM["Llama"])
     expected = learned(model)

@@ -15,7 +15,8 @@ product is computed again in the backward pass instead of being kept. What lies 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, NamedTuple, cast
@@ -33,6 +34,8 @@ from limbeck.models.stream import rms_epsilon
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _HEAD_NORMS = ("q_norm", "k_norm")
+_ASKED = ("scaling", "attention_dropout", "config")
+"""What is asked of an attention beside its parts."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -54,13 +57,20 @@ def fused_layers(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[
     """While the block runs, decoder layers of Llama's form compute what they are given in `dtype` as this file does,
     where functions are compiled for the model's device; nothing happens for None.
 
-    A layer that computes anything else than the formula, that has hooks or adapters in it, that keeps keys and values,
+    Found by trying: the result of a layer of each kind for random numbers is compared with the formula's. A layer that
+    computes anything else, that has hooks or adapters in it, that keeps keys and values,
     or whose activations are computed again (gradient checkpointing) runs as it is.
     """
     replaced: list[nn.Module] = []
+    tried: dict[Hashable, bool] = {}
     try:
         for layer in model.modules() if dtype is not None and usable(model.device) else ():
-            if "forward" not in vars(layer) and (form := form_of(layer)) is not None:
+            if "forward" in vars(layer) or (form := _form_of(layer)) is None:
+                continue
+            kind = _alike(layer, form)
+            if kind not in tried:
+                tried[kind] = _proved(layer, form)
+            if tried[kind]:
                 # Bound to the layer, so that a copy's computes with the copy's weights.
                 layer.forward = MethodType(_forward_of(form, cast("torch.dtype", dtype)), layer)
                 replaced.append(layer)
@@ -70,11 +80,14 @@ def fused_layers(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[
             del layer.forward
 
 
-def form_of(layer: nn.Module) -> _Form | None:
-    """The form of a decoder layer; None for every other module.
+def _alike(layer: Any, form: _Form) -> Hashable:
+    """What layers have in common that compute the same but for their weights."""
+    kinds = tuple(type(part) for part in (layer, layer.self_attn, *layer.children()))
+    return kinds, form, layer.self_attn.scaling, id(layer.self_attn.config)
 
-    Found by trying: the layer's result for random numbers is compared with the formula's.
-    """
+
+def _form_of(layer: nn.Module) -> _Form | None:
+    """The form that a decoder layer has if it computes the formula; None for every module that cannot."""
     if {name for name, _ in layer.named_children()} != _PARTS:
         return None
     parts = cast("Any", layer)
@@ -88,7 +101,8 @@ def form_of(layer: nn.Module) -> _Form | None:
         return None
     epsilons = rms_epsilon(parts.input_layernorm), rms_epsilon(parts.post_attention_layernorm)
     activation, width = gate_of(mlp), getattr(attention, "head_dim", None)
-    if None in epsilons or activation is None or not isinstance(width, int):
+    known = isinstance(width, int) and all(hasattr(attention, name) for name in _ASKED)
+    if None in epsilons or activation is None or not known:
         return None
     head_epsilon = None
     if names > set(_PROJECTIONS):
@@ -98,7 +112,7 @@ def form_of(layer: nn.Module) -> _Form | None:
             return None
     heads, key_heads = (p.out_features // width for p in projections[:2])
     form = _Form(*cast("tuple[float, float]", epsilons), activation, heads, key_heads, width, head_epsilon)
-    return form if _proved(layer, form) else None
+    return form
 
 
 def _plain_and_alike(projections: Sequence[Any]) -> bool:
@@ -115,7 +129,11 @@ def _hooked(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _proved(layer: nn.Module, form: _Form) -> bool:
-    """Whether a layer computes the formula: in its own type, for a few random numbers, each token attending to all."""
+    """Whether a layer computes the formula: for a few random numbers, each token attending to all. A narrow layer is
+    tried as a wide copy, since its own rounding could hide what tells it from the formula.
+    """
+    if layer.self_attn.q_proj.weight.dtype in (torch.bfloat16, torch.float16):  # pyright: ignore
+        layer = copy.deepcopy(layer).float()
     attention = cast("Any", layer.self_attn)
     weight, width = attention.q_proj.weight, form.head_width
     generator = torch.Generator().manual_seed(0)
