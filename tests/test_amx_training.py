@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import tiny
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import limbeck
 from limbeck.models import amx, layer_parts, layers
+from limbeck.models.amx import attention as unit_attention
 from limbeck.models.amx.linear import float32_gradients
 from limbeck.models.compiling import SWITCH
 from limbeck.recipe import Recipe
@@ -49,7 +50,7 @@ def unit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def wide_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As far as `student`, of a teacher that is wide enough for the unit. Copy it before writing into it."""
     base, words = tmp_path_factory.mktemp("wide"), tiny.tokenizer()
-    teacher = tiny.llama(len(words), layers=3, hidden=64)
+    teacher = tiny.llama(len(words), layers=3, hidden=64, head=32)
     with torch.no_grad():
         for weight in teacher.parameters():
             weight.mul_(0.5 if weight.dim() == 2 else 1)  # bfloat16 is a small part of a gradient, as in real models
@@ -59,6 +60,19 @@ def wide_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     told["train"]["precision"] = "bf16"
     limbeck.run(Recipe.model_validate(told), base / "run", until="student")
     return base / "run"
+
+
+@pytest.fixture
+def attended(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Grows by the shape of every query that attends by the unit."""
+    shapes, attend = [], unit_attention.attend
+
+    def counted(query: Tensor, *args: Any) -> Tensor:
+        shapes.append(query.shape)
+        return attend(query, *args)
+
+    monkeypatch.setattr(unit_attention, "attend", counted)
+    return shapes
 
 
 @pytest.fixture
@@ -111,10 +125,11 @@ def rounding(wide_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Roundi
     ids=["whole", "in four pieces", "in two pieces, activations computed again"],
 )
 def test_a_steps_gradient_is_no_farther_from_float32s_than_torchs_however_it_is_computed(
-    wide_run, tmp_path, rounding, products, settings
+    wide_run, tmp_path, rounding, products, attended, settings
 ):
     found = first_gradient(wide_run, tmp_path / "run", **settings)
     assert products
+    assert attended
     error = float((found - rounding.exact).norm())
     assert error <= 1.05 * rounding.torchs
     assert error <= 0.05 * float(rounding.exact.norm())

@@ -52,7 +52,9 @@ def tokenizer(
     return wrapped
 
 
-def llama(vocab: int, *, layers: int = 4, hidden: int = 32, seed: int = 0, tied: bool = True) -> LlamaForCausalLM:
+def llama(
+    vocab: int, *, layers: int = 4, hidden: int = 32, head: int | None = None, seed: int = 0, tied: bool = True
+) -> LlamaForCausalLM:
     """A Llama with 4 heads and 2 key-value heads, weights large enough that its distributions are not flat."""
     config = LlamaConfig(
         vocab_size=vocab,
@@ -61,6 +63,7 @@ def llama(vocab: int, *, layers: int = 4, hidden: int = 32, seed: int = 0, tied:
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head or hidden // 4,
         max_position_embeddings=512,
         tie_word_embeddings=tied,
         bos_token_id=1,

@@ -1,7 +1,8 @@
 """Attention by plain matrix products, which on a CPU learn faster than torch's flash kernel, and read one token faster.
 
 Where neither a gradient is wanted nor one query asked at a time, that kernel is faster (2.8 against 6.1 ms for 8
-sequences of 234 tokens), and models are left to it.
+sequences of 234 tokens), and models are left to it. Faster than either is the matrix unit of processors that have it
+(`amx.attention`), where sequences are not packed and do not slide.
 
 Query heads that share a key head become the rows of one product: queries [B, heads, T, d] are read as [B * key heads,
 group * T, d], so that keys and values [B, key heads, S, d] are neither repeated nor copied. The probabilities are held
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
+
+from limbeck.models.amx import attention as unit
 
 _NAME = "limbeck_grouped"
 _BEYOND = ("position_bias", "softcap", "cache")
@@ -43,19 +47,40 @@ def grouped_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What `sdpa_attention_forward` computes. `attention_mask` is additive, [B or 1, 1, T, S], as the mask function of
-    this attention makes it. Anything else goes torch's way: dropout, soft caps, more probabilities than are held.
+    this attention makes it, or None for each query over the keys up to its own. Anything else goes torch's way:
+    dropout, soft caps, more probabilities than are held.
     """
     batch, heads, length, width = query.shape
+    scale = width**-0.5 if scaling is None else scaling
+    beyond = dropout or any(kwargs.get(name) is not None for name in _BEYOND) or batch != key.shape[0]
+    causal = attention_mask is None and length > 1
+    if causal and not beyond and _is_causal(module, kwargs) and unit.usable(query, key, value):
+        return unit.attend(query, key, value, scale), None
+    if causal and torch.is_grad_enabled() and _is_causal(module, kwargs) and length == key.shape[2]:
+        attention_mask = _causal_mask(length, query.dtype, query.device)
     additive = attention_mask is not None and attention_mask.is_floating_point() and attention_mask.shape[1] == 1
-    beyond = dropout or any(kwargs.get(name) is not None for name in _BEYOND)
     held = length == 1 or (additive and _few(batch * heads * length * key.shape[2]))
-    if beyond or not held or not (additive or attention_mask is None) or batch != key.shape[0]:
+    if beyond or not held or not (additive or attention_mask is None):
+        if causal:
+            attention_mask = None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    scale = width**-0.5 if scaling is None else scaling
     mixed = _Grouped.apply(query, key, value, attention_mask, scale)
     return mixed.transpose(1, 2), None  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _is_causal(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
+    """As `sdpa_attention_forward` finds out where there is no mask."""
+    said = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if said is None else said)
+
+
+@lru_cache(maxsize=4)
+def _causal_mask(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive, [1, 1, T, T]; made once for all layers."""
+    later = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+    return torch.zeros(1, 1, length, length, dtype=dtype, device=device).masked_fill_(later, torch.finfo(dtype).min)
 
 
 def _few(probabilities: int) -> bool:
@@ -124,10 +149,16 @@ def _sequences(batch: int, p_NRS: Tensor) -> list[slice]:
 
 
 def _grouped_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The additive mask, made once for all layers; that of `sdpa` for sequences too long to be held."""
+    """None where each query attends to the keys up to its own, else the additive mask, made once for all layers; that
+    of `sdpa` for sequences too long to be held.
+    """
     q, heads = kwargs["q_length"], kwargs["config"].num_attention_heads
-    held = q == 1 or _few(kwargs["batch_size"] * heads * q * kwargs["kv_length"])
-    return eager_mask(*args, **kwargs) if held else sdpa_mask(*args, **kwargs)
+    if q == 1:
+        return eager_mask(*args, **kwargs)
+    found = sdpa_mask(*args, **kwargs)
+    if found is None or not _few(kwargs["batch_size"] * heads * q * kwargs["kv_length"]):
+        return found
+    return eager_mask(*args, **kwargs)
 
 
 AttentionInterface.register(_NAME, grouped_attention)

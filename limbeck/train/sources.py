@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
+from limbeck.models.attention import fast_attention
 from limbeck.models.gated import fused_gates
 from limbeck.models.layers import fused_layers
 from limbeck.models.stream import narrow_stream
@@ -54,11 +55,11 @@ class LiveTeacher:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """While the block runs, a teacher in bfloat16 computes norms and gates as the student does: rounded once where
-        its own code rounds in between, and compiled where the student's are.
+        """While the block runs, a teacher in bfloat16 computes as the student does: rounded once where its own code
+        rounds in between, compiled where the student is, and attending by the matrix unit where the student does.
         """
-        narrow = self._model.dtype if self._model.dtype is torch.bfloat16 else None
-        with fused_layers(self._model, narrow), narrow_stream(self._model, narrow), fused_gates(self._model):
+        model, narrow = self._model, self._model.dtype if self._model.dtype is torch.bfloat16 else None
+        with fast_attention(model), fused_layers(model, narrow), narrow_stream(model, narrow), fused_gates(model):
             yield
 
     @torch.no_grad()

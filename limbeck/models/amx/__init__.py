@@ -34,8 +34,13 @@ WORTH = 1 << 15
 LEAST = 64
 """Below so many rows or columns of a gradient, torch's product is as fast."""
 
-_NEEDED = ("amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl")
-_FLAGS = ("-O3", "-std=c++17", "-mamx-tile", "-mamx-bf16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-fopenmp", "-fPIC")
+_NEEDED = ("amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16")
+_FLAGS = (
+    "-O3", "-std=c++17", "-mamx-tile", "-mamx-bf16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16",
+    "-fopenmp", "-fPIC",
+)  # fmt: skip
+_SOURCES = ("tiles.h", "weight_gradient.cpp", "attention.cpp")
+_NAME = "kernels.so"
 _PATIENCE = 120
 """Seconds that a compiler is waited for; it takes two or three."""
 _log = logging.getLogger(__name__)
@@ -76,8 +81,6 @@ def weight_gradient(dy_NO: Tensor, x_NI: Tensor, out_OI: Tensor | None = None, *
     Raises:
         MemoryError: no room for the factors in the unit's order.
     """
-    library = _library()
-    assert library is not None
     assert dy_NO.dtype == x_NI.dtype == torch.bfloat16
     assert len(dy_NO) == len(x_NI)
     (n, o), i = dy_NO.shape, x_NI.shape[1]
@@ -90,9 +93,16 @@ def weight_gradient(dy_NO: Tensor, x_NI: Tensor, out_OI: Tensor | None = None, *
         return out_OI if add else out_OI.zero_()
     dy_NO, x_NI = (t if t.stride(1) == 1 else t.contiguous() for t in (dy_NO, x_NI))
     left, right, to = ((t.data_ptr(), t.stride(0)) for t in (dy_NO, x_NI, out_OI))
-    if library.limbeck_weight_gradient(o, i, n, *left, *right, *to, add, torch.get_num_threads()):
+    if library().limbeck_weight_gradient(o, i, n, *left, *right, *to, add, torch.get_num_threads()):
         raise MemoryError(f"no room for {n} rows of {o} and {i} numbers in the order of the matrix unit")
     return out_OI
+
+
+def library() -> ctypes.CDLL:
+    """The compiled kernels, where `usable`."""
+    found = _library()
+    assert found is not None
+    return found
 
 
 @cache
@@ -115,14 +125,17 @@ def _compiled() -> Path:
     compiler = next(
         found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))
     )
-    source = files("limbeck.models.amx").joinpath("weight_gradient.cpp").read_bytes()
-    made_of = hashlib.sha256(b"\0".join([source, " ".join(_FLAGS).encode(), compiler.encode()])).hexdigest()[:16]
+    place = files("limbeck.models.amx")
+    sources = {name: place.joinpath(name).read_bytes() for name in _SOURCES}
+    parts = [*sources.values(), " ".join(_FLAGS).encode(), compiler.encode()]
+    made_of = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
     def build(directory: Path) -> None:
-        (directory / "weight_gradient.cpp").write_bytes(source)
-        command = [compiler, *_FLAGS, "-shared", "weight_gradient.cpp", "-o", "weight_gradient.so"]
+        for name, source in sources.items():
+            (directory / name).write_bytes(source)
+        command = [compiler, *_FLAGS, "-shared", *(name for name in _SOURCES if name.endswith(".cpp")), "-o", _NAME]
         subprocess.run(
             command, cwd=directory, check=True, capture_output=True, text=True, errors="replace", timeout=_PATIENCE
         )
 
-    return cached(f"kernels/{made_of}", build).path / "weight_gradient.so"
+    return cached(f"kernels/{made_of}", build).path / _NAME

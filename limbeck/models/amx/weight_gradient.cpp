@@ -5,154 +5,24 @@
 // What oneDNN does for it runs at half the rate of its other products and ends in bfloat16. Here dy and x are brought
 // into the order that the unit reads, and sums stay in float32 to the end.
 //
-// A tile of the unit holds 16 rows of 64 bytes. Four of its eight tiles are a block of 32 x 32 sums, two hold 32
-// columns of dy over 32 of the N rows, two the same of x. The product is that of instruction TDPBF16PS (Intel 64 and
-// IA-32 Architectures Software Developer's Manual, volume 2): columns of dy become rows, and rows of x stand in pairs,
-// the next one's number beside each. x is brought into order as a whole, by all threads; each thread has rows of `out`
+// Columns of dy become rows of tiles, and rows of x stand in pairs (tiles.h). x is brought into order as a whole, by all threads; each thread has rows of `out`
 // of its own, for which it brings columns of dy into order, as many at a time as its own cache holds with their sums.
 // Of N, 512 are taken at a time: 32 columns of x then stay in the first cache while those of dy pass by, which is what
 // lets the unit work without a break.
 
-#include <immintrin.h>
 #include <omp.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstdlib>
+#include "tiles.h"
+
+using namespace limbeck;
 
 namespace {
 
-using bf16 = uint16_t;
-
-constexpr int64_t SIDE = 32;          // rows and columns of a block, and of N in a tile
-constexpr int64_t TILE = 16 * 32;     // numbers of bfloat16 in a tile; half as many of float32
-constexpr int64_t PAIR = 2 * TILE;    // two tiles: 32 x 32 of bfloat16; as many of float32 are a block's sums
 constexpr int64_t PART = 512 / SIDE;  // of N at a time, in tiles
 constexpr int64_t BLOCKS = 8;         // of dy's columns at a time, in blocks: 256 KiB with PART of N
 constexpr int64_t PANELS = 24;        // of x's columns at a time, in blocks: 768 KiB of sums with BLOCKS
-
-struct Matrix {
-  const bf16* data;
-  int64_t stride, rows, columns;
-};
-
-// Memory that a thread keeps for its next product.
-class Buffer {
- public:
-  ~Buffer() { std::free(data_); }
-  void* of(size_t bytes) {
-    if (bytes > size_) {
-      std::free(data_);
-      const size_t whole = (bytes + 4095) / 4096 * 4096;
-      data_ = std::aligned_alloc(4096, whole);
-      size_ = data_ ? whole : 0;
-    }
-    return data_;
-  }
-
- private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-// All eight tiles at their full size.
-struct alignas(64) Configuration {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes_a_row[16] = {};
-  uint8_t rows[16] = {};
-  Configuration() {
-    for (int t = 0; t < 8; t++) bytes_a_row[t] = 64, rows[t] = 16;
-  }
-};
-
-int64_t sides(int64_t n) { return (n + SIDE - 1) / SIDE; }
-
-// 32 numbers of a row; zeros for those beyond the matrix.
-__m512i row_of(const Matrix& m, int64_t row, int64_t column) {
-  if (row >= m.rows) return _mm512_setzero_si512();
-  const int64_t there = m.columns - column;
-  const bf16* from = m.data + row * m.stride + column;
-  return there >= SIDE ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((1u << there) - 1, from);
-}
-
-// 32 rows by 32 columns: [pair of rows, column, row of the pair], the first 16 columns and the others.
-void in_pairs(const Matrix& m, int64_t row, int64_t column, __m512i left[16], __m512i right[16]) {
-  // Unpacking works in quarters of 8 columns; this puts them side by side again.
-  const __m512i first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);
-  const __m512i second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
-  for (int i = 0; i < 16; i++) {
-    const __m512i even = row_of(m, row + 2 * i, column), odd = row_of(m, row + 2 * i + 1, column);
-    const __m512i low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
-    left[i] = _mm512_permutex2var_epi64(low, first, high);
-    right[i] = _mm512_permutex2var_epi64(low, second, high);
-  }
-}
-
-// 16 x 16 numbers of 32 bits.
-void transpose(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int h = 0; h < 16; h += 8)
-    for (int i = 0; i < 4; i++) {
-      t[h + i] = _mm512_shuffle_i32x4(r[h + i], r[h + i + 4], 0x88);
-      t[h + i + 4] = _mm512_shuffle_i32x4(r[h + i], r[h + i + 4], 0xdd);
-    }
-  for (int i = 0; i < 8; i++) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-  }
-}
-
-void store(bf16* to, const __m512i left[16], const __m512i right[16]) {
-  for (int i = 0; i < 16; i++) _mm512_store_si512(to + i * SIDE, left[i]);
-  for (int i = 0; i < 16; i++) _mm512_store_si512(to + TILE + i * SIDE, right[i]);
-}
-
-void load_sums(const float* from) {
-  _tile_loadd(0, from, 64);
-  _tile_loadd(1, from + 256, 64);
-  _tile_loadd(2, from + 512, 64);
-  _tile_loadd(3, from + 768, 64);
-}
-
-void clear_sums() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-}
-
-void store_sums(float* to) {
-  _tile_stored(0, to, 64);
-  _tile_stored(1, to + 256, 64);
-  _tile_stored(2, to + 512, 64);
-  _tile_stored(3, to + 768, 64);
-}
-
-// dy's tiles pass by without a claim on the first cache.
-void multiply(const bf16* dy, const bf16* x, int64_t tiles) {
-  for (int64_t t = 0; t < tiles; t++, dy += PAIR, x += PAIR) {
-    _tile_stream_loadd(4, dy, 64);
-    _tile_loadd(6, x, 64);
-    _tile_loadd(7, x + TILE, 64);
-    _tile_stream_loadd(5, dy + TILE, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-}
 
 // A block's sums into their place, past the caches where that can be: nobody reads them soon.
 void put(const float* sums, float* to, int64_t stride, int64_t rows, int64_t columns, bool add) {
