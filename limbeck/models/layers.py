@@ -101,8 +101,9 @@ def _form_of(layer: nn.Module) -> _Form | None:
         return None
     epsilons = rms_epsilon(parts.input_layernorm), rms_epsilon(parts.post_attention_layernorm)
     activation, width = gate_of(mlp), getattr(attention, "head_dim", None)
-    known = isinstance(width, int) and all(hasattr(attention, name) for name in _ASKED)
-    if None in epsilons or activation is None or not known:
+    if None in epsilons or activation is None or not all(hasattr(attention, name) for name in _ASKED):
+        return None
+    if not isinstance(width, int):
         return None
     head_epsilon = None
     if names > set(_PROJECTIONS):

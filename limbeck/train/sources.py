@@ -9,10 +9,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
-from limbeck.models.attention import fast_attention
-from limbeck.models.gated import fused_gates
-from limbeck.models.layers import fused_layers
-from limbeck.models.stream import narrow_stream
+from limbeck.models.inference import fast_reading
 from limbeck.render.batches import Batch
 from limbeck.signal.head import Head, head_of, hidden_states
 from limbeck.signal.store import SignalStore
@@ -55,11 +52,8 @@ class LiveTeacher:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """While the block runs, a teacher in bfloat16 computes as the student does: rounded once where its own code
-        rounds in between, compiled where the student is, and attending by the matrix unit where the student does.
-        """
-        model, narrow = self._model, self._model.dtype if self._model.dtype is torch.bfloat16 else None
-        with fast_attention(model), fused_layers(model, narrow), narrow_stream(model, narrow), fused_gates(model):
+        """While the block runs, the teacher computes as `models.inference.fast_reading` has it."""
+        with fast_reading(self._model):
             yield
 
     @torch.no_grad()
