@@ -152,6 +152,7 @@ def run(
     from limbeck.ledger.signing.checkpoints import sign_if_due
     from limbeck.ledger.store import Ledger
     from limbeck.preflight import preflight
+    from limbeck.progress import Progress
     from limbeck.recipe_file import load_recipe
     from limbeck.rundir import RunDir, open_run, refuse_unfit
 
@@ -162,6 +163,8 @@ def run(
         ranks.follow(partial(_together, recipe, out))
         return open_result(out)
     refuse_unfit(out, recipe, collected)
+    progress = progress or Progress.silent()
+    progress.begin(f"{recipe.name}: looking at prompts, terms and models; models that are not here are fetched first")
     sources = preflight(
         recipe,
         answered=offline or (Path(out) / "completions.parquet").exists(),

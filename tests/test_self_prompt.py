@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import talker
 import tiny
 import torch
 from talker import gathered, own, prompts, prompts_file, recipe, teacher_of
+from watched import Watched
 
 from limbeck import models
 from limbeck.collect import self_prompt
@@ -88,6 +90,28 @@ def test_a_teacher_writes_its_own_prompts(tmp_path: Path, talking: Path):
     with Journal(run / "journal.db") as journal:
         assert len(journal) == -(-part["candidates"] // 4) * 4
         assert journal.refused == 0
+
+
+def test_while_prompts_are_written_the_tokens_are_told_and_then_what_was_kept(
+    tmp_path: Path, talking: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The teacher's tokens as the journal has them; and kept prompts alone move the line."""
+    monkeypatch.setattr("limbeck.progress._NOTED", 0.0)
+    watched = Watched()
+    gather(recipe(talking, own(10), concurrency=8), RunDir(tmp_path, watched))
+    begun, *told = watched.told
+    assert begun == f"prompts: 10 written by {talking}"
+    first = next(n for n, text in enumerate(told) if "kept" in str(text) or not isinstance(text, str))
+    assert first > 5
+    assert all(re.fullmatch(r"[\d,]+ tokens, [\d,]+ a second", str(text)) for text in told[:first])
+    with Journal(tmp_path / "journal.db") as journal:
+        keys = [key for (key,) in journal._db.execute("SELECT key FROM answers")]
+        tokens = sum(json.loads(journal.get(key).raw)["completion_tokens"] for key in keys)
+    rows = [re.fullmatch(r"(\d+) of (\d+) candidates kept, ([\d,]+) tokens, .*", str(text)) for text in told[first:]]
+    kept, seen, written = row.groups() if (row := rows[-1]) else pytest.fail(str(told[-1]))
+    assert (kept, int(written.replace(",", ""))) == ("10", tokens)
+    assert int(seen) <= len(keys)
+    assert sum(units for units in told if not isinstance(units, str)) == 10
 
 
 def test_own_prompts_do_not_hang_on_the_batch_and_more_of_them_begin_alike(tmp_path: Path, talking: Path):
