@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,18 @@ from talker import gathered, own, prompts, prompts_file, recipe, teacher_of
 from watched import Watched
 
 from limbeck import models
+from limbeck.cli.show import as_text, standing
 from limbeck.collect import self_prompt
 from limbeck.collect.journal import Journal
 from limbeck.collect.local import LocalAnswer
 from limbeck.collect.prompts import gather
 from limbeck.collect.self_prompt import user_turn, why_not
+from limbeck.collect.teachers import Answer
 from limbeck.collect.written import tally
 from limbeck.errors import InputError, ModelError
 from limbeck.ledger.canonical import digest_json
 from limbeck.recipe import SelfPrompt
+from limbeck.run import run
 from limbeck.rundir import RunDir
 
 torch.set_num_threads(1)
@@ -112,6 +117,33 @@ def test_while_prompts_are_written_the_tokens_are_told_and_then_what_was_kept(
     assert (kept, int(written.replace(",", ""))) == ("10", tokens)
     assert int(seen) <= len(keys)
     assert sum(units for units in told if not isinstance(units, str)) == 10
+
+
+def test_a_run_that_was_stopped_tells_what_was_written_for_prompts_from_answers(
+    tmp_path: Path, talking: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By what each request in the journal was for; stopped while prompts are written, then while they are answered."""
+    made, root, put = recipe(talking, own(6)), tmp_path / "run", Journal.put_group
+    for stopped in ("self-prompt-0", "collect"):
+        groups = Counter[str]()
+
+        def stopping(self: Journal, answers: Sequence[Answer], groups=groups, stopped=stopped) -> int:
+            groups[json.loads(answers[0].request.body)["stream"]] += 1
+            if groups[stopped] > 1:
+                raise KeyboardInterrupt
+            return put(self, answers)
+
+        monkeypatch.setattr(Journal, "put_group", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(made, root, until="collect")
+        with Journal(root / "journal.db") as journal:
+            keys = [key for (key,) in journal._db.execute("SELECT key FROM answers")]
+            streams = Counter(json.loads(journal.get(key).request)["stream"] for key in keys)
+        told, text = standing(root).collecting, as_text(standing(root), facts=False)
+        assert told is not None
+        assert (told.answers, told.for_prompts) == (streams["collect"], streams["self-prompt-0"])
+        assert f"written for prompts  {streams['self-prompt-0']} in " in text
+        assert ("answers" in text) == (stopped == "collect") == (told.answers > 0)
 
 
 def test_own_prompts_do_not_hang_on_the_batch_and_more_of_them_begin_alike(tmp_path: Path, talking: Path):
