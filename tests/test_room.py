@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import tiny
+import transformers
 import yaml
 from command import call
 from conftest import prompt_file, recipe_dict
@@ -44,17 +45,19 @@ CONFIGURATION = 40_000
 """Bytes of headers and small states beside the weights of a tiny model."""
 
 
-def test_what_a_training_writes_is_what_was_said(tiny_run: Path, tmp_path: Path):
-    """No less, and no more than headers beside it; and never more checkpoints than kept."""
+@pytest.mark.parametrize(("every", "kept"), [(2, CHECKPOINTS), (1000, 1)])
+def test_what_a_training_writes_is_what_was_said(tiny_run: Path, tmp_path: Path, every: int, kept: int):
+    """No less, and no more than headers beside it; and one checkpoint at the end however few are asked for."""
     shutil.copytree(tiny_run, tmp_path / "run")
     run = RunDir(tmp_path / "run")
     recipe = run.recipe()
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"checkpoint_every": every})})
     room = room_of(recipe)
     train(recipe, run)
     assert 0 <= bytes_of(run / "beginning", ".safetensors") - room.beginning < CONFIGURATION
     assert 0 <= bytes_of(run / "student", ".safetensors") - room.student < CONFIGURATION
     checkpoints = sorted((run / "checkpoints").glob("checkpoint-*"))
-    assert len(checkpoints) == CHECKPOINTS
+    assert len(checkpoints) == kept
     for checkpoint in checkpoints:
         assert 0 <= bytes_of(checkpoint, ".safetensors", ".pt") - room.checkpoint < CONFIGURATION
 
@@ -117,3 +120,13 @@ def test_an_adapter_leaves_small_checkpoints(tiny_run: Path):
     room = room_of(Recipe.model_validate(values))
     assert room.checkpoint == 0
     assert room.least == room.most == room.beginning + room.student
+
+
+def test_what_is_no_language_model_is_left_to_whoever_loads_it(tiny_run: Path, tmp_path: Path, disk):
+    tiny.save(tmp_path / "other", layers=1)
+    transformers.T5Config(num_layers=1, d_model=8).save_pretrained(tmp_path / "other")
+    values = RunDir(tiny_run).recipe().model_dump(mode="json")
+    values["student"] = {"kind": "pretrained", "model": str(tmp_path / "other")}
+    disk(0)
+    refuse_without_room(Recipe.model_validate(values), tmp_path, watched := Watched())
+    assert watched.told == []

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from limbeck import models
-from limbeck.errors import DiskFullError, Problem
+from limbeck.errors import DiskFullError, InputError, Problem
 from limbeck.progress import Progress
 from limbeck.recipe import LocalTeacher, PrunedStudent, Recipe
 from limbeck.student.layers import stack_of
@@ -73,13 +73,15 @@ def _parameters(config: PreTrainedConfig, layers: int | None) -> int:
 
 
 def refuse_without_room(recipe: Recipe, out: str | os.PathLike[str], progress: Progress) -> None:
-    """Raise `DiskFullError` where the disk of `out` has less room than the weights need in any case; say so where it
-    has less than they may need.
+    """Raise `DiskFullError` where the disk of `out` has less room than the weights need in any case, and `ModelError`
+    for a teacher whose layers cannot be told apart; say so where it has less than they may need.
     """
     place = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.is_dir())
     try:
         room = room_of(recipe)
-    except ValueError:  # no causal language model: its weights are still to be looked at, and whoever loads them says it
+    except InputError:
+        raise
+    except ValueError:  # transformers knows no causal language model of this kind, which is said where one is loaded
         return
     free, where = shutil.disk_usage(place).free, os.fspath(out)
     parts = (
