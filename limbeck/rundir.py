@@ -24,6 +24,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import shlex
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
@@ -334,13 +335,16 @@ def _other_recipe(run: RunDir, differ: list[tuple[str, str, str]], told: str, ne
 def _moved(was: str, now: str) -> str:
     """What to do where a file of the recipe lies elsewhere than it did; empty where that is not so."""
     old, new = Path(was), Path(now)
-    if not (old.is_absolute() and new.is_absolute() and old.name == new.name) or old.exists() or not new.exists():
+    alike = old.is_absolute() and new.is_absolute() and old.name == new.name
+    if not alike or os.path.lexists(old) or not os.path.exists(new):
         return ""
-    while old.name == new.name and old.name:
+    while old.name == new.name and not os.path.lexists(old.parent):
         old, new = old.parent, new.parent
+    made = "" if old.parent.is_dir() else shlex.join(["mkdir", "-p", str(old.parent)]) + " && "
+    link = shlex.join(["ln", "-s", str(new), str(old)])
     return (
-        f"if it was moved: a run records the paths of its files; let the old one lead there (`ln -s {new} {old}`), and "
-        f"name the recipe as it was named, under {old}"
+        f"if it was moved: a run records the paths of its files; let the old one lead there (`{made}{link}`), and name "
+        "the recipe as it was named"
     )
 
 
