@@ -8,11 +8,14 @@ import platform
 import re
 import shutil
 import sys
+import tempfile
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import NamedTuple
 
 _REQUIREMENT = re.compile(r"^([A-Za-z0-9._-]+)[^;]*?(?:>=([0-9.]+))?[^;]*;.*extra == ['\"]([A-Za-z0-9_-]+)['\"]")
+
+_OWN_CACHE = "set LIMBECK_CACHE to a directory of your own"
 
 
 class Package(NamedTuple):
@@ -197,18 +200,41 @@ def _memory_bytes() -> int:
 
 
 def _places() -> list[Finding]:
-    """Where models are cached, and the room there and here."""
+    """Where models are cached, whether it can be written, and the room there and here."""
     from limbeck.models.cache import cache_root
 
-    here, cache = Path.cwd(), cache_root()
+    here = Path.cwd()
     found = [Finding("free disk here", f"{_gib(shutil.disk_usage(here).free)} GiB under {here}")]
-    if not cache.is_dir():
-        return [*found, Finding("model cache", f"{cache}, not there yet")]
-    found.append(Finding("model cache", f"{cache}, {_gib(shutil.disk_usage(cache).free)} GiB free"))
-    for kind in sorted(path for path in cache.iterdir() if path.is_dir()):
-        for entry in sorted(path for path in kind.iterdir() if not path.name.startswith(".")):
-            found.append(Finding(f"  {kind.name}", f"{entry.name}, {_size(entry):,} bytes"))
-    return found
+    try:
+        cache = cache_root()
+    except RuntimeError as error:  # nobody's home directory is known
+        return [*found, Finding("model cache", f"nowhere: {error}", _OWN_CACHE)]
+    if not os.path.isdir(cache):
+        why = _unwritable(cache)
+        made = f"and cannot be made: {why}" if why else "can be made"
+        return [*found, Finding("model cache", f"{cache}, not there yet, {made}", _OWN_CACHE if why else "")]
+    try:
+        kinds = sorted(path for path in cache.iterdir() if path.is_dir())
+        entries = [(kind, path) for kind in kinds for path in sorted(kind.iterdir()) if not path.name.startswith(".")]
+    except OSError as error:
+        return [*found, Finding("model cache", f"{cache}, cannot be read: {error.strerror}", _OWN_CACHE)]
+    why = next((f"{place}: {why}" for place in (cache, *kinds) if (why := _unwritable(place))), None)
+    free = f"{_gib(shutil.disk_usage(cache).free)} GiB free"
+    told = f"cannot be written: {why}" if why else "can be written"
+    found.append(Finding("model cache", f"{cache}, {free}, {told}", _OWN_CACHE if why else ""))
+    return [*found, *(Finding(f"  {kind.name}", f"{path.name}, {_size(path):,} bytes") for kind, path in entries)]
+
+
+def _unwritable(directory: Path) -> str | None:
+    """Why nothing can be written there, or where it would be made; None where it can. A file is tried that nobody sees
+    and that is gone at once.
+    """
+    there = next(place for place in (directory, *directory.parents) if os.path.lexists(place))
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def _size(path: Path) -> int:

@@ -144,7 +144,7 @@ def run(
         RefusedError: the terms gate refuses the recipe's use, before anything is bought or of the answers there are;
             or a cap left prompts without an answer. What was answered is kept.
         EndpointError: an endpoint left prompts without an answer; what was answered is kept.
-        DiskFullError: no room; what was finished is kept.
+        DiskFullError: no room, or so little that training could not end; what was finished is kept.
     """
     from limbeck.collect.glance import collected
     from limbeck.collect.journal import journal_path
@@ -152,6 +152,7 @@ def run(
     from limbeck.ledger.signing.checkpoints import sign_if_due
     from limbeck.ledger.store import Ledger
     from limbeck.preflight import preflight
+    from limbeck.progress import Progress
     from limbeck.recipe_file import load_recipe
     from limbeck.rundir import RunDir, open_run, refuse_unfit
 
@@ -162,11 +163,17 @@ def run(
         ranks.follow(partial(_together, recipe, out))
         return open_result(out)
     refuse_unfit(out, recipe, collected)
+    progress = progress or Progress.silent()
+    progress.begin(f"{recipe.name}: looking at prompts, terms and models; models that are not here are fetched first")
     sources = preflight(
         recipe,
         answered=offline or (Path(out) / "completions.parquet").exists(),
         unasked=not offline and not journal_path(recipe, RunDir(out)).exists(),
     )
+    if names.index(until) >= names.index("student") and not (Path(out) / "beginning").exists():
+        from limbeck.train.room import refuse_without_room
+
+        refuse_without_room(recipe, out, progress)
     with open_run(out, recipe, progress, collected) as held, Ledger(held / "ledger.db") as ledger:
         held.offline = offline
         for place, stage in enumerate(STAGES):

@@ -22,7 +22,9 @@ RUN/ledger.db              Entry
 from __future__ import annotations
 
 import fcntl
+import math
 import os
+import shlex
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
@@ -57,6 +59,8 @@ _ASKED = (
     *("teacher.path", "teacher.precision"),
 )
 """Keys, with all below them, that are part of each request: another value is another request."""
+_NO_KEY = object()
+"""Stands where one of two mappings lacks a key of the other."""
 _SHOWN = 4
 """Differences that are shown of a recipe that gave way."""
 
@@ -312,27 +316,59 @@ def _other_recipe(run: RunDir, differ: list[tuple[str, str, str]], told: str, ne
         "journal.db* may be copied there, so nothing is paid twice"
     )
 
-    def remedy_of(key: str) -> str:
+    def remedy_of(key: str, was: str, now: str) -> str:
         if key in new:
             return older
-        if key.endswith(_WHOSE):
+        if moved := _moved(was, now):
+            return moved
+        plain = ".".join(step for step in key.split(".") if not step.isdigit())  # the place in a list is no matter
+        if plain.endswith(_WHOSE):
             return elsewhere
-        return otherwise if any(f"{key}.".startswith(f"{asked}.") for asked in _ASKED) else remedy
+        return otherwise if any(f"{plain}.".startswith(f"{asked}.") for asked in _ASKED) else remedy
 
-    problems = [Problem(f"{run / 'recipe.yaml'}: {key}", was, now, remedy_of(key)) for key, was, now in differ]
+    problems = [Problem(f"{run / 'recipe.yaml'}: {row[0]}", *row[1:], remedy_of(*row)) for row in differ]
     by = "version of limbeck" if new == {key for key, _, _ in differ} else "recipe"
     summary = f"the RUN directory was made by another {by} (found: there, expected: this {by})"
     return RunDirError(f"{summary}; {told}" if told else summary, problems)
 
 
+def _moved(was: str, now: str) -> str:
+    """What to do where a file of the recipe lies elsewhere than it did; empty where that is not so."""
+    old, new = Path(was), Path(now)
+    alike = old.is_absolute() and new.is_absolute() and old.name == new.name
+    if not alike or os.path.lexists(old) or not os.path.exists(new):
+        return ""
+    while old.name == new.name and not os.path.lexists(old.parent):
+        old, new = old.parent, new.parent
+    made = "" if old.parent.is_dir() else shlex.join(["mkdir", "-p", str(old.parent)]) + " && "
+    link = shlex.join(["ln", "-s", str(new), str(old)])
+    return (
+        f"if it was moved: a run records the paths of its files; let the old one lead there (`{made}{link}`), and name "
+        "the recipe as it was named"
+    )
+
+
 def differences(there: object, here: object, key: str = "") -> list[tuple[str, str, str]]:
-    """Every key in which two JSON values differ, sorted, with both values as text."""
+    """Every key in which two JSON values differ, sorted, with both values as text: as YAML has them in one line, but
+    for "nothing" where that is null and "no such key" where there is none.
+    """
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         return [
             row
             for name in sorted({*there, *here})
             for row in differences(
-                there.get(name, "nothing"), here.get(name, "nothing"), f"{key}.{name}" if key else name
+                there.get(name, _NO_KEY), here.get(name, _NO_KEY), f"{key}.{name}" if key else str(name)
             )
         ]
-    return [] if there == here else [(key or ".", str(there), str(here))]
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        return differences(dict(enumerate(there)), dict(enumerate(here)), key)
+    return [] if there == here else [(key or ".", _in_words(there), _in_words(here))]
+
+
+def _in_words(value: object) -> str:
+    if value is None or value is _NO_KEY:
+        return "nothing" if value is None else "no such key"
+    if value in ("nothing", "no such key"):
+        return f"'{value}'"
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -6,6 +6,7 @@ import errno
 import importlib
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -25,6 +26,7 @@ from limbeck import doctor
 from limbeck.cli import QUIET
 from limbeck.cli.reference import contexts, reference
 from limbeck.errors import VerificationError
+from limbeck.ledger.store import Ledger
 from limbeck.run import STAGES
 from limbeck.starter import starter
 
@@ -183,6 +185,37 @@ def test_a_run_made_by_another_recipe_is_refused_with_both_values(tmp_path, teac
     assert result.exit_code == 2, result.output
     assert re.search(r"recipe.yaml: seed\n +found: +0\n +expected: 5\n +remedy: ", result.stderr)
     assert sorted(os.listdir(run)) in (before, sorted([*before, ".lock"]))
+
+
+@pytest.mark.parametrize(("was", "moved"), [("old", "new"), ("here/it", "there/it"), ("a/b/c", "d e")])
+def test_what_was_moved_is_gone_on_with_as_the_error_says(tmp_path, teacher_dir, was, moved):
+    """Each path is named with where it lies now; after the commands of the remedies nothing is done anew."""
+    old, new = tmp_path / was, tmp_path / moved
+    shutil.copytree(teacher_dir, old / "teacher")
+    prompt_file(old / "p.jsonl", 40)
+    (old / "recipe.yaml").write_text(yaml.safe_dump(recipe_dict(Path("teacher"), Path("p.jsonl"))))
+    words = ("curate", "{}/recipe.yaml", "--out", "{}/run")
+    assert call(*(word.format(old) for word in words)).exit_code == 0
+    new.parent.mkdir(exist_ok=True)
+    old.rename(new)
+    if was == "a/b/c":
+        shutil.rmtree(tmp_path / "a")
+    with Ledger(new / "run" / "ledger.db", read_only=True) as ledger:
+        before = ledger.entries()
+    told = call(*(word.format(new) for word in words))
+    assert told.exit_code == 2
+    commands = set[str]()
+    for key, name in (("prompts.0.path", "p.jsonl"), ("teacher.model", "teacher")):
+        place = rf"recipe.yaml: {key}\n +found: +{old}/{name}\n +expected: {new}/{name}\n +remedy: [^`]+`([^`]+)`"
+        remedy = re.search(place, told.stderr)
+        assert remedy, told.stderr
+        commands.add(remedy[1])
+    (command,) = commands
+    subprocess.run(command, shell=True, check=True)
+    again = call("curate", old / "recipe.yaml", "--out", new / "run")
+    assert again.exit_code == 0, again.stderr
+    with Ledger(new / "run" / "ledger.db", read_only=True) as ledger:
+        assert ledger.entries() == before
 
 
 @pytest.mark.parametrize("error", [

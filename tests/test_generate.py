@@ -166,6 +166,19 @@ def test_answers_are_told_once_as_they_finish(model):
     assert told[0][2] < len(shapes)
 
 
+@pytest.mark.parametrize("rows", [None, 4])
+def test_tokens_are_told_of_as_they_are_drawn(model, rows):
+    """All of them, those that end answers too; and long before the batch is over."""
+    prompts, told = ragged(9), []
+    answers = sample_batch(
+        model, prompts, Sampling(12), stop_ids=STOPS, seeds=range(9), rows=rows, on_tokens=told.append
+    )
+    assert {answer.finish_reason for answer in answers} == {"stop", "length"}
+    assert sum(told) == sum(len(answer.tokens) + (answer.stop_token is not None) for answer in answers)
+    assert len(told) >= 12
+    assert max(told) <= (rows or 9)
+
+
 def test_long_prompts_are_read_in_parts_that_fit(model, monkeypatch):
     prompts, sampling = ragged(11), Sampling(4)
     expected = sample_batch(model, prompts, sampling, stop_ids=STOPS, seeds=range(11))

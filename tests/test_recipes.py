@@ -18,8 +18,9 @@ from limbeck.cli import app
 from limbeck.collect.journal import Journal
 from limbeck.recipe import EndpointTeacher, Recipe
 from limbeck.recipe.prompts import WrittenPrompts
-from limbeck.recipe_file import load_recipe
+from limbeck.recipe_file import load_recipe, schema_text
 from limbeck.records import Prompt
+from limbeck.starter import starter
 from limbeck.tables import read_records
 from limbeck.testing import Server, Settings
 
@@ -112,3 +113,10 @@ def _a_stranger_sees_parents(folder: Path, prompts: list[Prompt]) -> None:
         assert said["parents"][0][0] == "completion"
         assert said["parents"][1:] == [[parent.kind, parent.id] for parent in prompt.parents or ()] != []
         assert ["prompt", prompt.writer] in said["writers"]
+
+
+def test_what_explains_a_key_speaks_yaml():
+    """Whoever writes a recipe writes null, true and false."""
+    described = [line for line in starter().splitlines() if "#" in line] + schema_text().splitlines()
+    assert any("null" in line for line in described)
+    assert [line for line in described if re.search(r"\b(None|True|False)\b", line)] == []

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +14,21 @@ import talker
 import tiny
 import torch
 from talker import gathered, own, prompts, prompts_file, recipe, teacher_of
+from watched import Watched
 
 from limbeck import models
+from limbeck.cli.show import as_text, standing
 from limbeck.collect import self_prompt
 from limbeck.collect.journal import Journal
 from limbeck.collect.local import LocalAnswer
 from limbeck.collect.prompts import gather
 from limbeck.collect.self_prompt import user_turn, why_not
+from limbeck.collect.teachers import Answer
 from limbeck.collect.written import tally
 from limbeck.errors import InputError, ModelError
 from limbeck.ledger.canonical import digest_json
 from limbeck.recipe import SelfPrompt
+from limbeck.run import run
 from limbeck.rundir import RunDir
 
 torch.set_num_threads(1)
@@ -88,6 +95,55 @@ def test_a_teacher_writes_its_own_prompts(tmp_path: Path, talking: Path):
     with Journal(run / "journal.db") as journal:
         assert len(journal) == -(-part["candidates"] // 4) * 4
         assert journal.refused == 0
+
+
+def test_while_prompts_are_written_the_tokens_are_told_and_then_what_was_kept(
+    tmp_path: Path, talking: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The teacher's tokens as the journal has them; and kept prompts alone move the line."""
+    monkeypatch.setattr("limbeck.progress._NOTED", 0.0)
+    watched = Watched()
+    gather(recipe(talking, own(10), concurrency=8), RunDir(tmp_path, watched))
+    begun, *told = watched.told
+    assert begun == f"prompts: 10 written by {talking}"
+    first = next(n for n, text in enumerate(told) if "kept" in str(text) or not isinstance(text, str))
+    assert first > 5
+    assert all(re.fullmatch(r"[\d,]+ tokens, [\d,]+ a second", str(text)) for text in told[:first])
+    with Journal(tmp_path / "journal.db") as journal:
+        keys = [key for (key,) in journal._db.execute("SELECT key FROM answers")]
+        tokens = sum(json.loads(journal.get(key).raw)["completion_tokens"] for key in keys)
+    rows = [re.fullmatch(r"(\d+) of (\d+) candidates kept, ([\d,]+) tokens, .*", str(text)) for text in told[first:]]
+    kept, seen, written = row.groups() if (row := rows[-1]) else pytest.fail(str(told[-1]))
+    assert (kept, int(written.replace(",", ""))) == ("10", tokens)
+    assert int(seen) <= len(keys)
+    assert sum(units for units in told if not isinstance(units, str)) == 10
+
+
+def test_a_run_that_was_stopped_tells_what_was_written_for_prompts_from_answers(
+    tmp_path: Path, talking: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By what each request in the journal was for; stopped while prompts are written, then while they are answered."""
+    made, root, put = recipe(talking, own(6)), tmp_path / "run", Journal.put_group
+    for stopped in ("self-prompt-0", "collect"):
+        groups = Counter[str]()
+
+        def stopping(self: Journal, answers: Sequence[Answer], groups=groups, stopped=stopped) -> int:
+            groups[json.loads(answers[0].request.body)["stream"]] += 1
+            if groups[stopped] > 1:
+                raise KeyboardInterrupt
+            return put(self, answers)
+
+        monkeypatch.setattr(Journal, "put_group", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(made, root, until="collect")
+        with Journal(root / "journal.db") as journal:
+            keys = [key for (key,) in journal._db.execute("SELECT key FROM answers")]
+            streams = Counter(json.loads(journal.get(key).request)["stream"] for key in keys)
+        told, text = standing(root).collecting, as_text(standing(root), facts=False)
+        assert told is not None
+        assert (told.answers, told.for_prompts) == (streams["collect"], streams["self-prompt-0"])
+        assert f"written for prompts  {streams['self-prompt-0']} in " in text
+        assert ("answers" in text) == (stopped == "collect") == (told.answers > 0)
 
 
 def test_own_prompts_do_not_hang_on_the_batch_and_more_of_them_begin_alike(tmp_path: Path, talking: Path):

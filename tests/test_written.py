@@ -15,6 +15,7 @@ import zstandard
 from asking import ask, made
 from hypothesis import given
 from hypothesis import strategies as st
+from watched import Watched
 
 from limbeck.collect.journal import Journal
 from limbeck.collect.prompts import gather
@@ -120,6 +121,18 @@ def test_little_more_is_asked_for_than_is_looked_at(tmp_path: Path):
     with Server(SETTINGS) as server:
         _, facts = gathered(made(server.url, source), tmp_path / "a")
         assert facts["requests"] == server.bill.requests <= facts["candidates"] + 8
+
+
+@pytest.mark.parametrize("kind", ["documents", "self-instruct"])
+def test_prompts_move_the_line_and_answers_do_not(tmp_path: Path, kind: str):
+    watched = Watched()
+    with Server(LISTS if kind == "self-instruct" else SETTINGS) as server:
+        root = tmp_path / "a"
+        root.mkdir()
+        gather(made(server.url, sources(tmp_path)[kind]), RunDir(root, watched))
+    assert watched.told[0] == f"prompts: 12 of kind {kind} written by toy"
+    assert sum(units for units in watched.told if not isinstance(units, str)) == 12
+    assert re.fullmatch(r"12 of \d+ candidates kept, .*at once", str(watched.told[-1]))
 
 
 def exchanged(root: Path) -> list[tuple[tuple[tuple[str, str], ...], bytes]]:

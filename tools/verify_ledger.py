@@ -1168,6 +1168,7 @@ class Replay:
         self.weights: tuple[int, list[tuple[str, str]]] | None = None
         self.trained: list[tuple[str, str]] = []
         self.count = self.signed = self.stamped = 0
+        self.signed_root = b""
         self.held = self.largest = self.paths = 0
 
     def entry(self, index: int, digest: bytes, body: bytes) -> None:
@@ -1320,13 +1321,13 @@ class Replay:
             self.compare_weights(place, statement.subjects, self.trained)
         data = canonical(facts["envelope"], "envelope")
         self.envelopes[tagged(data)] = {name: hashlib.new(name, data).hexdigest() for name in OID_HASHES.values()}
-        self.signed = self.tree.size
+        self.signed, self.signed_root = self.tree.size, self.tree.root()
 
     def compare_weights(self, place: str, found: list[tuple[str, str]], expected: list[tuple[str, str]]) -> None:
         """Two lists of weights, file by file."""
-        ours, theirs = dict(found), dict(expected)
+        ours, theirs = ({name: f"sha256:{digest}" for name, digest in one} for one in (found, expected))
         for name in sorted({*ours, *theirs}):
-            self.findings.compare(f"{place}: {name}", ours.get(name, "none"), theirs.get(name, "none"))
+            self.findings.compare(f"{place}: {name}", ours.get(name, "not there"), theirs.get(name, "not there"))
 
     def note(self, index: int, facts: Object, value: Object) -> None:
         """A note says nothing that can be computed but root and size."""
@@ -1486,7 +1487,7 @@ def check_files(run: str, replay: Replay) -> None:
     manifest = manifests.get("student")
     if replay.weights and student and manifest is not None and student.entry < replay.weights[0]:
         index, subjects = replay.weights
-        replay.compare_weights(f"entry {index}: envelope: against the files", subjects, weights_of(manifest))
+        replay.compare_weights(f"files against the envelope of entry {index}", weights_of(manifest), subjects)
 
 
 def check_file(
@@ -1541,7 +1542,10 @@ def say_what_was_not_checked(run: str, replay: Replay) -> None:
         others = sorted(c.name for c in itertools.islice(children, 10_000) if c.name not in named)
     for name in itertools.islice((n for n in others if n not in NO_EVIDENCE), 100):
         note(f"in no entry: {name}")
-    note(f"{replay.count} entries, {replay.tree.size} leaves, root {replay.tree.root().hex()}, head {replay.head}")
+    if replay.signed:
+        note(f"root at the last checkpoint: sha256:{replay.signed_root.hex()} over {replay.signed} leaves")
+    now = f"root now sha256:{replay.tree.root().hex()}"
+    note(f"{replay.count} entries, {replay.tree.size} leaves, {now}, head {replay.head}")
 
 
 # ---------------------------------------------------------------- documents for strangers

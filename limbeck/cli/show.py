@@ -16,7 +16,7 @@ from limbeck.export.ledger import LedgerTold, ledger_told
 from limbeck.export.words import from_the_words
 from limbeck.ledger.staleness import stale_stages
 from limbeck.ledger.store import Ledger
-from limbeck.recipe import EndpointTeacher, Recipe
+from limbeck.recipe import DatasetPrompts, EndpointTeacher, FilePrompts, Recipe
 from limbeck.records import Entry, Score
 from limbeck.run import STAGES
 from limbeck.rundir import RunDir
@@ -53,7 +53,10 @@ class Collecting(NamedTuple):
 
     journal: str
     answers: int
-    """In the journal, those to other recipes included where it is shared."""
+    """To prompts, in the journal; those to other recipes included where it is shared."""
+    for_prompts: int
+    """What a teacher wrote, in the journal too, so that there are prompts. As long as the stage `prompts` has no entry,
+    all that is there."""
     requests: dict[str, int]
     """Sent for this recipe, by outcome."""
     spent_dollars: float | None
@@ -119,14 +122,14 @@ def standing(root: str | os.PathLike[str]) -> Standing:
         stages=tuple(_state(stage.name, latest.get(stage.name), stage.name in stale) for stage in STAGES),
         scores=result.scores if "evaluate" in done else (),
         shares=_shares(run) if "render" in done else (),
-        collecting=None if "collect" in done else _collecting(recipe, run),
+        collecting=None if "collect" in done else _collecting(recipe, run, latest.get("prompts")),
         ledger=told,
         student=os.fspath(result.student) if "train" in done and result.student.exists() else None,
         report=os.fspath(result.report) if "report" in done and result.report.exists() else None,
     )
 
 
-def _collecting(recipe: Recipe, run: RunDir) -> Collecting | None:
+def _collecting(recipe: Recipe, run: RunDir, prompts: Entry | None) -> Collecting | None:
     from limbeck.collect.endpoints.account import by_kind, lost_of, wasted_by
     from limbeck.collect.endpoints.prices import dollars
     from limbeck.collect.glance import glance
@@ -139,7 +142,18 @@ def _collecting(recipe: Recipe, run: RunDir) -> Collecting | None:
     priced = seen.cost or (endpoints and all(teacher.price for teacher in endpoints))
     requests = {outcome: one.requests for outcome, one in seen.outcomes.items()}
     spent, waste = dollars(seen.cost) if priced else None, by_kind(wasted_by(lost_of(seen.outcomes)))
-    return Collecting(os.fspath(path), seen.answers, requests, spent, waste)
+    for_prompts = _for_prompts(recipe, prompts, seen.answers)
+    return Collecting(os.fspath(path), seen.answers - for_prompts, for_prompts, requests, spent, waste)
+
+
+def _for_prompts(recipe: Recipe, prompts: Entry | None, there: int) -> int:
+    """How many of the answers that are there were written for prompts: nothing else is asked before those are done."""
+    if all(isinstance(source, FilePrompts | DatasetPrompts) for source in recipe.prompts):
+        return 0
+    if prompts is None:
+        return there
+    counts = [asked for told in _sources_of(prompts.facts) if isinstance(asked := _asked_of(told), int)]
+    return min(there, sum(counts))
 
 
 def _shares(run: RunDir) -> tuple[Share, ...]:
@@ -212,15 +226,25 @@ def as_text(result: Standing, *, facts: bool) -> str:
 def _written_rows(result: Standing) -> list[tuple[str, ...]]:
     """What became of the prompts that models wrote; nothing where none did."""
     facts = next((s.facts for s in result.stages if s.stage == "prompts" and s.done), {})
-    sources = facts.get("sources")
     rows: list[tuple[str, ...]] = [("written prompts", "asked", "candidates", "kept", "dropped")]
-    for told in sources if isinstance(sources, list) else ():
-        if not isinstance(told, dict) or not isinstance(dropped := told.get("dropped"), dict):
+    for told in _sources_of(facts):
+        if not isinstance(dropped := told.get("dropped"), dict):
             continue
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "none"
-        counts = (told.get("requests", told.get("candidates")), told.get("candidates"), told.get("kept"))
+        counts = (_asked_of(told), told.get("candidates"), told.get("kept"))
         rows.append((str(told.get("source")), *map(str, counts), reasons))
     return rows if len(rows) > 1 else []
+
+
+def _sources_of(facts: dict[str, JsonValue]) -> list[dict[str, JsonValue]]:
+    """What the stage `prompts` said of each source."""
+    sources = facts.get("sources")
+    return [told for told in sources if isinstance(told, dict)] if isinstance(sources, list) else []
+
+
+def _asked_of(told: dict[str, JsonValue]) -> JsonValue:
+    """Requests to the teacher that wrote a source; earlier versions told candidates alone."""
+    return told.get("requests", told.get("candidates"))
 
 
 def _gate_rows(result: Standing) -> list[tuple[str, ...]]:
@@ -240,7 +264,9 @@ def _gate_rows(result: Standing) -> list[tuple[str, ...]]:
 def _collecting_rows(told: Collecting) -> list[tuple[str, ...]]:
     from limbeck.collect.journal import KILLED
 
-    rows: list[tuple[str, ...]] = [("not all collected", "answers", f"{told.answers:,} in {told.journal}")]
+    there = [("answers to prompts", told.answers), ("written for prompts", told.for_prompts)]
+    shown = [(name, f"{count:,} in {told.journal}") for name, count in there if count] or [("answers", "none yet")]
+    rows: list[tuple[str, ...]] = [("" if n else "not all collected", *row) for n, row in enumerate(shown)]
     for outcome, count in sorted(told.requests.items()):
         # Seen from outside, what is under way and what a kill left are the same.
         rows.append(("", f"requests: {'under way or killed' if outcome == KILLED else outcome}", f"{count:,}"))
@@ -256,7 +282,8 @@ def _collecting_rows(told: Collecting) -> list[tuple[str, ...]]:
 
 def _ledger_rows(told: LedgerTold) -> list[tuple[str, ...]]:
     rows = [("ledger", "entries", f"{told.entries:,}, {told.trust}"), ("", "head", told.head)]
-    rows.append(("", "root", f"sha256:{told.root} over {told.size:,} leaves"))
+    root = "root now" if told.signed is None else "root at the last checkpoint"
+    rows.append(("", root, f"sha256:{told.root} over {told.size:,} leaves"))
     return rows + [("", "signed by", key) for key in told.keys]
 
 

@@ -8,7 +8,7 @@ order.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -83,8 +83,10 @@ class FileTeacher:
             "answer": digest_json(found[sample].value()),
         })  # fmt: skip
 
-    def answer(self, stretches: Iterable[Sequence[Request]]) -> Iterator[list[Answer]]:
-        """Each stretch at once: nothing is computed."""
+    def answer(
+        self, stretches: Iterable[Sequence[Request]], wrote: Callable[[int], None] | None = None
+    ) -> Iterator[list[Answer]]:
+        """Each stretch at once: nothing is computed, and nothing written."""
         by_digest = {digest_json(a.value()): a for several in self.answers.values() for a in several}
         for stretch in stretches:
             yield [Answer(request, canonical(by_digest[_asked(request)].value())) for request in stretch]

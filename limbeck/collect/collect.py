@@ -20,7 +20,7 @@ from limbeck.collect.journal import Journal, held, journal_path
 from limbeck.collect.shards import merge_shards
 from limbeck.collect.teachers import Request, Teacher, Writing, make_teacher
 from limbeck.errors import PromptError
-from limbeck.progress import Line
+from limbeck.progress import Line, TokenCount
 from limbeck.recipe import EndpointTeacher, Recipe
 from limbeck.records import Digest, Prompt
 from limbeck.rundir import RunDir, atomic
@@ -191,13 +191,12 @@ def _account(teachers: Sequence[Writing | Endpoint], recipe: Recipe) -> Account 
 
 def _ask(teacher: Writing, recipe: Recipe, run: RunDir, journal: Journal, line: Line) -> _Spent:
     """Have one teacher answer what the journal lacks; each group is on disk before it is looked at."""
-    started, answers, tokens = time.monotonic(), 0, 0
-    for group in teacher.answer(_open_stretches(teacher, recipe, run, journal, line)):
+    answers = tokens = 0
+    for group in teacher.answer(_open_stretches(teacher, recipe, run, journal, line), TokenCount(line)):
         journal.put_group(group)
         answers += len(group)
         tokens += sum(teacher.parse(request, raw).completion_tokens for request, raw in group)
         line.advance(len(group))
-        line.note(f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
     return _Spent(answers, tokens)
 
 

@@ -7,7 +7,7 @@ rounding of its logits, and as the batches of a stretch are always cut alike, no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -171,7 +171,9 @@ class LocalTeacher:
         )
         return PromptError("the teacher's chat template refuses prompts", [problem])
 
-    def answer(self, stretches: Iterable[Sequence[Request]]) -> Iterator[list[Answer]]:
+    def answer(
+        self, stretches: Iterable[Sequence[Request]], wrote: Callable[[int], None] | None = None
+    ) -> Iterator[list[Answer]]:
         """The answers of a stretch, in batches of up to `collect.concurrency`, the longest prompts first,
         so that what does not fit into memory shows at once. Prompts that leave no room for an answer are
         answered with `context_length`. Raises `InputError` where no prompt could.
@@ -182,7 +184,7 @@ class LocalTeacher:
             for _, alike in groupby(jobs, key=lambda job: job.alike):
                 group = list(alike)
                 for start in range(0, len(group), self._collect.concurrency):
-                    yield self._batch(group[start : start + self._collect.concurrency])
+                    yield self._batch(group[start : start + self._collect.concurrency], wrote)
 
     def parse(self, request: Request, raw: bytes) -> Parsed:
         """Text and counts of a raw answer. Raises `InputError` where a local teacher did not write it."""
@@ -200,15 +202,15 @@ class LocalTeacher:
             problem = Problem(where, found, "an answer of form local/1", remedy)
             raise InputError("a journaled answer cannot be read", [problem]) from error
 
-    def _batch(self, jobs: Sequence[_Job]) -> list[Answer]:
+    def _batch(self, jobs: Sequence[_Job], wrote: Callable[[int], None] | None) -> list[Answer]:
         """The answers to requests that are alike, in their order."""
         room = self._room(jobs[0].body)
         fitting = [job for job in jobs if room is None or len(job.body.tokens) <= room]
-        written = self._generate(fitting) if fitting else []
+        written = self._generate(fitting, wrote) if fitting else []
         by_key = {job.request.key: generated for job, generated in zip(fitting, written, strict=True)}
         return [Answer(job.request, self._raw(job.body, by_key.get(job.request.key))) for job in jobs]
 
-    def _generate(self, jobs: Sequence[_Job]) -> list[Generated]:
+    def _generate(self, jobs: Sequence[_Job], wrote: Callable[[int], None] | None) -> list[Generated]:
         body = jobs[0].body
         model = models.load_model(self._settings.model, self._settings.precision, self._device)
         return sample_batch(
@@ -217,6 +219,7 @@ class LocalTeacher:
             Sampling(max_tokens=body.max_tokens, temperature=body.temperature, top_p=body.top_p),
             stop_ids=models.stop_ids(model, self.tokenizer) | {*body.stop},
             seeds=[derive_seed(job.body.seed, "answer", job.request.key) for job in jobs],
+            on_tokens=wrote,
         )
 
     def _room(self, body: LocalRequest) -> int | None:

@@ -148,6 +148,7 @@ def _self_prompted(
     assert settings.kind == "local"  # a recipe with another is refused
     teacher = LocalTeacher(settings, recipe.collect, recipe.seed)
     path = journal_path(recipe, run)
+    run.progress.begin(f"prompts: {source.count:,} written by {settings.name}")
     with (
         held(path),
         Journal(path) as journal,

@@ -18,9 +18,9 @@ from jinja2 import TemplateError
 from limbeck.collect.journal import Journal
 from limbeck.collect.local import LocalAnswer, LocalTeacher
 from limbeck.collect.rows import shown
-from limbeck.collect.written.tally import Piece, Tally
+from limbeck.collect.written.tally import Piece, Shown, Tally
 from limbeck.errors import ModelError, Problem
-from limbeck.progress import Line
+from limbeck.progress import Line, TokenCount
 from limbeck.recipe import SelfPrompt
 from limbeck.records import Digest, Message, Prompt
 
@@ -106,9 +106,11 @@ def write_prompts(
     (`Tally.refuse_vain`).
     """
     turn = user_turn(teacher.tokenizer, source.system)
-    tally = Tally(f"self-prompt of {teacher.identity.name}", source.count, line)
+    shown_on = Shown(line)
+    tally = Tally(f"self-prompt of {teacher.identity.name}", source.count, shown_on)
+    wrote = TokenCount(shown_on)
     taken: set[str] = set()
-    for candidate in _candidates(teacher, source, turn, stream, width, journal, asked):
+    for candidate in _candidates(teacher, source, turn, stream, width, journal, asked, wrote):
         tally.refuse_vain()
         text = candidate.text.strip()
         messages = _messages(source, text)
@@ -144,6 +146,7 @@ def _candidates(
     width: int,
     journal: Journal,
     asked: list[Digest],
+    wrote: TokenCount,
 ) -> Iterator[LocalAnswer]:
     """Candidates in the order of their numbers, without end, from the journal, where those it lacks are put first."""
     for start in count(0, width):
@@ -154,7 +157,7 @@ def _candidates(
         asked += [request.key for request in requests]
         lacking = set(journal.missing(request.key for request in requests))
         if lacking:
-            for group in teacher.answer([[request for request in requests if request.key in lacking]]):
+            for group in teacher.answer([[request for request in requests if request.key in lacking]], wrote):
                 journal.put_group(group)
         for request in requests:
             yield teacher.read(journal.get(request.key).raw)

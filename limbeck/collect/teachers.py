@@ -7,7 +7,7 @@ over it again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -93,13 +93,15 @@ class Writing(Teacher, Protocol):
     `limbeck.collect.endpoints.asking` instead, many requests at a time.
     """
 
-    def answer(self, stretches: Iterable[Sequence[Request]]) -> Iterator[list[Answer]]:
+    def answer(
+        self, stretches: Iterable[Sequence[Request]], wrote: Callable[[int], None] | None = None
+    ) -> Iterator[list[Answer]]:
         """The answers, in lists of which each is journaled in one commit before anything else uses it.
         Each request is answered once.
 
         Requests come in stretches, read as they are needed: what is still open of a fixed stretch of the
         prompts. A teacher whose answers depend on what runs beside them cuts its batches inside a stretch,
-        so that after a kill the same batches remain.
+        so that after a kill the same batches remain. `wrote` is told, as they are written, of so many tokens more.
         """
         ...
 

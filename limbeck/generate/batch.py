@@ -34,13 +34,15 @@ def sample_batch(
     seeds: Sequence[int],
     rows: int | None = None,
     on_done: Callable[[int, Generated], None] | None = None,
+    on_tokens: Callable[[int], None] | None = None,
 ) -> list[Generated]:
     """One answer per prompt, in the order of `prompts`, which may differ in length and may repeat.
 
     `seeds` holds one seed per prompt, 0 to 2**128 - 1; equal prompts with equal seeds have equal answers.
     `rows` is how many prompts decode at the same time (None: all of them). Memory follows `rows`; prompts
     beyond it enter as others finish, so one call with many prompts is faster than many calls. `on_done` is
-    told the index of a prompt and its answer as soon as that is complete, in any order.
+    told the index of a prompt and its answer as soon as that is complete, in any order; `on_tokens`, step by step, how
+    many tokens were drawn, those that end answers among them.
 
     Raises `InputError` naming every prompt that is empty, has tokens outside the model's vocabulary, or
     exceeds the model's positions together with `max_tokens`, and seeds that are too few or out of range;
@@ -56,15 +58,16 @@ def sample_batch(
         if on_done is not None:
             on_done(index, result)
 
+    ends = _Drawing(sampling, frozenset(stop_ids), done, on_tokens)
     size = min(rows or len(jobs), len(jobs))
     with sampling_mode(model):
         if has_slots(model):
             prefix = read_prefix(model, [job.prompt for job in jobs])
-            _Loop(Slots(model, size, prefix), size, sampling, frozenset(stop_ids), done).run(jobs)
+            _Loop(Slots(model, size, prefix), size, ends).run(jobs)
         else:
             for start in range(0, len(jobs), max(size, 1)):
                 part = jobs[start : start + size]
-                _Loop(Columns(model), len(part), sampling, frozenset(stop_ids), done).run(part)
+                _Loop(Columns(model), len(part), ends).run(part)
     return [results[job.index] for job in jobs]
 
 
@@ -122,16 +125,19 @@ class _Row:
     fed: int = 0
 
 
+class _Drawing(NamedTuple):
+    """How tokens are drawn, what ends an answer, and who is told of either."""
+
+    sampling: Sampling
+    stop_ids: frozenset[int]
+    done: Callable[[int, Generated], None]
+    drawn: Callable[[int], None] | None
+
+
 class _Loop:
-    def __init__(
-        self,
-        store: Store,
-        size: int,
-        sampling: Sampling,
-        stop_ids: frozenset[int],
-        done: Callable[[int, Generated], None],
-    ):
-        self._store, self._sampling, self._stop_ids, self._done = store, sampling, stop_ids, done
+    def __init__(self, store: Store, size: int, ends: _Drawing):
+        self._store = store
+        self._sampling, self._stop_ids, self._done, self._drawn = ends
         self._rows = [_Row(-1, [], [], 0, 0, live=False) for _ in range(size)]
 
     def run(self, jobs: Sequence[_Job]) -> None:
@@ -175,6 +181,7 @@ class _Loop:
 
     def _draw(self, rows: Sequence[_Row], logits_NV: Tensor) -> None:
         draws = [row.draws[len(row.tokens)] if row.live else 0.5 for row in rows]
+        live = sum(row.live for row in rows)
         uniforms_N = torch.tensor(draws, dtype=torch.float64, device=logits_NV.device)
         for row, token in zip(rows, next_tokens(logits_NV, uniforms_N, self._sampling).tolist(), strict=True):
             if not row.live:
@@ -186,6 +193,8 @@ class _Loop:
             row.tokens.append(token)
             if len(row.tokens) == self._sampling.max_tokens:
                 self._finish(row, "length", None)
+        if self._drawn is not None:
+            self._drawn(live)
 
     def _finish(self, row: _Row, reason: Literal["stop", "length"], stop_token: int | None) -> None:
         row.live = False

@@ -131,7 +131,7 @@ class SelfPrompt(Part):
     top_p: Probability = 0.95
     """Each token is drawn from the likeliest ones that together have this probability."""
     system: str | None = None
-    """A system message to start from; None leaves what the chat template puts there itself."""
+    """A system message to start from; null leaves what the chat template puts there itself."""
 
 
 RowPrompts = Annotated[FilePrompts | DatasetPrompts, Field(discriminator="kind")]

@@ -38,6 +38,7 @@ from limbeck.train.adapter import adapted, merged_copy
 from limbeck.train.feed import Feed
 from limbeck.train.losses import Loss, Pairing, check_pairing
 from limbeck.train.rollouts import Rollouts
+from limbeck.train.room import CHECKPOINTS
 from limbeck.train.schedule import Schedule, make_schedule
 from limbeck.train.sources import LiveTeacher, SignalSource, Stored
 from limbeck.train.trainer import DistillationTrainer, SealCheckpoints, last_checkpoint
@@ -239,7 +240,7 @@ def arguments(recipe: Recipe, directory: Path, steps: int, dtype: torch.dtype) -
         seed=derive_seed(recipe.seed, "train") % 2**32,
         save_strategy="steps",
         save_steps=settings.checkpoint_every,
-        save_total_limit=2,
+        save_total_limit=CHECKPOINTS,
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from limbeck.collect.journal import Journal
 from limbeck.collect.teachers import Parsed, Request, Writing, make_teacher
 from limbeck.collect.written.kinds import Task
+from limbeck.collect.written.tally import Shown
 from limbeck.errors import InputError
-from limbeck.progress import Line
+from limbeck.progress import TokenCount
 from limbeck.recipe import Recipe
 from limbeck.recipe.prompts import WrittenPrompts
 from limbeck.records import Digest, Prompt, Split
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 class Author:
     """A teacher that writes prompts. What it costs counts under the recipe's cap, as its answers do."""
 
-    def __init__(self, source: WrittenPrompts, recipe: Recipe, run: RunDir, journal: Journal, line: Line):
+    def __init__(self, source: WrittenPrompts, recipe: Recipe, run: RunDir, journal: Journal, line: Shown):
         (settings,) = [t for t in recipe.teachers if t.name == (source.by or recipe.teachers[0].name)]
         told = {"max_tokens": source.max_tokens, "temperature": source.temperature, "top_p": source.top_p}
         collect = recipe.collect.model_copy(update=told)
         self._teacher: Writing | Endpoint = make_teacher(settings, collect, recipe.seed)
         self._recipe, self._run, self._journal, self._line = recipe, run, journal, line
+        self._wrote = TokenCount(line)
         self.identity, self._kind = self._teacher.identity, source.kind
         self.asked: list[Digest] = []
         """Keys of its requests in the journal."""
@@ -70,8 +72,9 @@ class Author:
     def _ask(self, requests: Sequence[Request]) -> None:
         if self._teacher.identity.kind == "local":
             try:
-                for group in self._teacher.answer([requests]):  # pyright: ignore[reportAttributeAccessIssue]
+                for group in self._teacher.answer([requests], self._wrote):  # pyright: ignore[reportAttributeAccessIssue]
                     self._journal.put_group(group)
+                    self._line.advance(len(group))
             except InputError as error:
                 raise self._named(error) from None
             return

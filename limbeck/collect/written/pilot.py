@@ -10,7 +10,7 @@ from limbeck.collect.shards import merge_shards
 from limbeck.collect.written.author import Author
 from limbeck.collect.written.kinds import make_kind
 from limbeck.collect.written.source import Spent, sift
-from limbeck.collect.written.tally import TRIES, Tally
+from limbeck.collect.written.tally import TRIES, Shown, Tally
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe
 from limbeck.recipe.prompts import WrittenPrompts
@@ -72,6 +72,7 @@ def try_out(recipe: Recipe, source: WrittenPrompts, count: int, path: Path, prog
     ):
         journal.close_open()
         merge_shards(journal)
-        author = Author(source, recipe, RunDir(path.parent, progress), journal, line)
-        tally = Tally(f"{source.kind} by {author.identity.name}", source.count, line)
+        shown = Shown(line, by_answers=True)
+        author = Author(source, recipe, RunDir(path.parent, progress), journal, shown)
+        tally = Tally(f"{source.kind} by {author.identity.name}", source.count, shown)
         return [Tried(spent, kept) for spent, kept in sift(source, tasks, author, tally)]

@@ -17,7 +17,7 @@ from limbeck.collect.teachers import Parsed
 from limbeck.collect.written.author import Author, keep_here
 from limbeck.collect.written.kinds import Kind, Task, bare, items, make_kind
 from limbeck.collect.written.likeness import Likeness, alike
-from limbeck.collect.written.tally import Piece, Tally
+from limbeck.collect.written.tally import Piece, Shown, Tally
 from limbeck.recipe import Recipe
 from limbeck.recipe.prompts import WrittenPrompts, rows_of
 from limbeck.records import Digest, Prompt, TeacherIdentity
@@ -59,11 +59,14 @@ def write_source(recipe: Recipe, source: WrittenPrompts, known: Collection[Diges
     """
     kind = make_kind(source, recipe.seed)
     path = journal_path(recipe, run)
+    by = source.by or recipe.teachers[0].name
+    run.progress.begin(f"prompts: {source.count:,} of kind {source.kind} written by {by}")
     with held(path), Journal(path) as journal, run.progress.line("prompts", source.count, "prompts") as line:
         journal.close_open()
         merge_shards(journal)
-        author = Author(source, recipe, run, journal, line)
-        tally = Tally(f"{source.kind} by {author.identity.name}", source.count, line)
+        shown = Shown(line)
+        author = Author(source, recipe, run, journal, shown)
+        tally = Tally(f"{source.kind} by {author.identity.name}", source.count, shown)
         _Keeping(source, known, tally).fill(kind, author)
         keep_here(journal, run, author.asked)
     return Written(author.identity, _licence(source, author.licence), len(author.asked), tally)

@@ -33,10 +33,40 @@ class Piece(NamedTuple):
         return self.messages[-1].content
 
 
+class Shown:
+    """The line of a source of prompts, for two that know of different things: whoever has candidates written (this is a
+    `Line` to him) and the `Tally` of what was kept of them. It moves by prompts that are kept, or by answers alone.
+    """
+
+    def __init__(self, line: Line, *, by_answers: bool = False):
+        self._line, self._by_answers = line, by_answers
+        self._written = self._kept = ""
+
+    def advance(self, units: float = 1) -> None:
+        """So many requests more were answered, which makes no prompt yet."""
+        if self._by_answers:
+            self._line.advance(units)
+
+    def note(self, text: str) -> None:
+        """How far the writing is."""
+        self._written = text
+        self._tell()
+
+    def kept(self, kept: int, candidates: int, *, one_more: bool) -> None:
+        """So many candidates were kept, of as many as were looked at."""
+        self._kept = f"{kept:,} of {candidates:,} candidates kept"
+        if one_more and not self._by_answers:
+            self._line.advance()
+        self._tell()
+
+    def _tell(self) -> None:
+        self._line.note(", ".join(part for part in (self._kept, self._written) if part))
+
+
 class Tally:
     """The prompts of one source that were kept, and counts of all candidates. Shows on `line` how it goes."""
 
-    def __init__(self, where: str, count: int, line: Line):
+    def __init__(self, where: str, count: int, line: Shown):
         self.kept: list[Piece] = []
         self.candidates = 0
         self.tokens = 0
@@ -48,19 +78,18 @@ class Tally:
         """One candidate is a prompt."""
         self.kept.append(piece)
         self._in_vain = 0
-        self._counted(tokens)
-        self._line.advance()
+        self._counted(tokens, one_more=True)
 
     def drop(self, reason: str, tokens: int) -> None:
         """One candidate is not."""
         self.dropped[reason] += 1
         self._in_vain += 1
-        self._counted(tokens)
+        self._counted(tokens, one_more=False)
 
-    def _counted(self, tokens: int) -> None:
+    def _counted(self, tokens: int, *, one_more: bool) -> None:
         self.candidates += 1
         self.tokens += tokens
-        self._line.note(f"{len(self.kept) / self.candidates:.0%} of {self.candidates:,} candidates")
+        self._line.kept(len(self.kept), self.candidates, one_more=one_more)
 
     def refuse_vain(self) -> None:
         """To be asked before another candidate is looked at. Raises `InputError` with what was kept and dropped where
