@@ -175,7 +175,7 @@ def test_two_processes_write_rollouts_together(tiny_run, tmp_path):
 
 
 def test_a_process_killed_ends_all_and_the_same_command_goes_on_to_the_same_bits(tiny_run, tmp_path):
-    recipe = recipe_file(tiny_run, tmp_path, epochs=4)
+    recipe = recipe_file(tiny_run, tmp_path, epochs=2)
     Forked(recipe, tmp_path / "whole").finish()
     Forked(recipe, tmp_path / "killed").kill_at_a_checkpoint(tmp_path / "killed", 1)
     Forked(recipe, tmp_path / "killed").finish()
