@@ -144,6 +144,7 @@ def test_the_real_quickstart_shortened(tmp_path):
     """The default teacher from the package registry, with everything made small but the teacher."""
     short = [
         "prompts.0.count=16",
+        "collect.concurrency=48",
         "collect.max_tokens=16",
         "student.layers=2",
         "train.epochs=1",
