@@ -5,7 +5,7 @@ PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-che
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint docs clean
+.PHONY: help quickstart test lint docs clean _style _types _tests
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -13,14 +13,24 @@ help: ## list the targets
 quickstart: .venv/train ## install, then distil the default teacher into runs/quickstart (run again to resume)
 	.venv/bin/limbeck run recipes/quickstart.yaml --out runs/quickstart
 
-# Two processes of one thread each: most tests are too small for torch to share their work among threads.
-test: lint ## install, then check style and types and run all tests
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
+# Types are checked beside the tests: alone they would leave a core idle.
+test: _style ## install, then check style and types and run all tests
+	@$(MAKE) --no-print-directory -j 2 _types _tests
 
-lint: .venv/dev ## check style and types
+lint: _style _types ## check style and types
+
+_style: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+_types: .venv/dev
 	.venv/bin/basedpyright --pythonpath .venv/bin/python
+
+# Two processes of one thread each: most tests are too small for torch to share their work among threads. The order of
+# the files is that of tests/conftest.py; xdist's own begins the long ones, which have few tests, last. Compiled modules
+# are kept, whatever the environment says: the processes that tests start would compile them anew.
+_tests: .venv/dev
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 docs: .venv/dev ## write the generated pages of docs/ anew
 	.venv/bin/python -m limbeck.cli.reference > docs/.half && mv docs/.half docs/cli.md
@@ -51,7 +61,8 @@ define install
 fi
 @touch .venv/unfinished
 @echo "installing $(1); the first time takes minutes"
-$(PIP_INSTALL) -e '$(1)'
+$(PIP_INSTALL) --no-compile -e '$(1)'
+@.venv/bin/python -m compileall -qq -j 0 .venv/lib || true # by all cores; some packages ship files that do not compile
 @rm .venv/unfinished
 @touch $@
 endef

@@ -13,15 +13,6 @@ from limbeck.records import Completion
 from limbeck.rundir import RunDir
 from limbeck.tables import read_records
 
-PRELOADED = [
-    "asking",
-    "limbeck.collect.endpoints.stage",
-    "limbeck.collect.self_prompt",
-    "transformers.models.llama.modeling_llama",
-    "pytest",
-]
-"""What processes that are to be killed find imported. All tests have one forkserver; its first list counts."""
-
 
 def questions(count: int) -> list[str]:
     """Different prompts."""

@@ -34,6 +34,20 @@ WORDS = (
 )
 
 
+LONGEST = (
+    *("ranks", "run", "ray", "learning", "endpoints_money", "recipes", "batches_killed", "collect", "cli_reading"),
+    *("endpoints_killed", "endpoints_storm", "export_gguf", "hostile", "estimate", "train", "adapter", "served"),
+    *("written_local", "amx_training", "compiled", "student", "store", "batches"),
+)
+"""Files of tests that take longest, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A long file begun last would leave the other worker idle: they come first."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture(scope="session")
 def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny teacher in Hugging Face layout."""

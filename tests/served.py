@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import tiny
@@ -85,9 +84,7 @@ def attempted(teacher: Path, root: Path, server: Server, **changes):
     return recipe, run
 
 
-if __name__ == "__main__":  # a process to be killed: TEACHER URL RUN, whose examples are there
-    import pyarrow  # noqa: F401 - what takes long is loaded before the work begins
-
+def work(teacher: Path, url: str, root: Path) -> None:
+    """The stage alone, of a run whose examples are there; in a process to be killed."""
     stage._SHARD_MIN = 40
-    print("ready", flush=True)
-    stage.annotate(recipe_for(Path(sys.argv[1]), sys.argv[2]), RunDir(Path(sys.argv[3])))
+    stage.annotate(recipe_for(teacher, url), RunDir(root))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_learning import TRAIN, curve, prepared
+from test_learning import curve, prepared
 from test_train import kill_after_checkpoints
 from transformers import AutoModelForCausalLM
 
@@ -59,7 +59,7 @@ def test_an_adapter_learns_on_policy_and_resumes_to_the_same_bits(tiny_run, tmp_
         prepared(tiny_run, tmp_path / name, epochs=2, **changes)
     whole, killed = RunDir(tmp_path / "whole"), RunDir(tmp_path / "killed")
     train(whole.recipe(), whole)
-    kill_after_checkpoints(TRAIN, killed, (1,))
+    kill_after_checkpoints(killed, (1,))
     assert curve(whole) == curve(killed)
     a, b = (load_file(Path(run / "student") / "model.safetensors") for run in (whole, killed))
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())

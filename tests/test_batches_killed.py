@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -14,8 +13,9 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import forked
 import pytest
-from asking import PRELOADED, ask, file_of, made, work
+from asking import ask, file_of, made, work
 from test_endpoints_killed import account_for
 
 from limbeck.collect.endpoints import batch_calls
@@ -59,8 +59,7 @@ def killed_and_continued(server: Server, recipe: Recipe, root: Path, seed: int) 
     """Run, kill at a random moment, and again, and let it end. Each attempt is in batches or, now and then, one by one.
     Some kills wait until a submission arrives at the server.
     """
-    processes, moments = multiprocessing.get_context("forkserver"), random.Random(seed)
-    processes.set_forkserver_preload(PRELOADED)
+    moments = random.Random(seed)
     alone = recipe.model_copy(update={"collect": recipe.collect.model_copy(update={"batch": False})})
     kills = submitting = 0
     while True:
@@ -68,9 +67,8 @@ def killed_and_continued(server: Server, recipe: Recipe, root: Path, seed: int) 
         one = recipe if aimed or kills >= KILLS or moments.random() < 0.6 else alone
         received, submitted = server.service.bill.received, server.service.bill.faults["delay"]
         more, long = moments.randrange(1, max(2, REQUESTS // KILLS)), moments.uniform(0, 0.6)
-        worker = processes.Process(target=impatient_work, args=(one.model_dump_json(), str(root)))
         began = time.monotonic()
-        worker.start()
+        worker = forked.start(impatient_work, one.model_dump_json(), str(root))
         while kills < KILLS and worker.is_alive():
             if aimed and server.service.bill.faults["delay"] > submitted:
                 break

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -14,14 +13,15 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import talker
 import tiny
 import torch
-from asking import PRELOADED
 from talker import completions, gathered, own, prompts, prompts_file, recipe, teacher_of
 from transformers import AutoModelForCausalLM
 
@@ -316,15 +316,11 @@ def _journal(root: Path) -> dict[str, bytes]:
 
 def test_killed_at_random_moments_and_continued_it_is_the_same_run(tmp_path: Path, talking: Path):
     made = recipe(talking, prompts_file(tmp_path / "p.jsonl", TEXTS), own(8), max_tokens=40)
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(PRELOADED)
     moments, log = random.Random(11), tmp_path / "log"
 
-    def start(root: Path) -> multiprocessing.process.BaseProcess:
+    def start(root: Path) -> BaseProcess:
         root.mkdir(exist_ok=True)
-        worker = processes.Process(target=_work, args=(made.model_dump_json(), str(root), str(log)))
-        worker.start()
-        return worker
+        return forked.start(_work, made.model_dump_json(), str(root), str(log))
 
     whole = start(tmp_path / "whole")
     whole.join(120)

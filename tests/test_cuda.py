@@ -12,16 +12,18 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 import tiny
 import torch
 from conftest import prompt_file, recipe_dict
 from safetensors.torch import load_file
 from test_fused import PAIRS, N, Student, V, gradients, make_signal, make_student, normal, plain, rounded_once, seeded
-from test_train import KILLED, kill_after_checkpoints
+from test_train import kill_after_checkpoints
 from torch import Tensor
 
 import limbeck
@@ -294,17 +296,21 @@ def test_one_step_is_that_of_the_cpu(tiny_run: Path, tmp_path: Path) -> None:
     assert float(apart.max()) <= 2.1 * 0.003
 
 
+def learn_to_the_bit(root: str | Path) -> None:
+    """With torch's deterministic kernels."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    warnings.simplefilter("ignore")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    forked.learn(root)
+
+
 def test_killed_and_resumed_it_ends_with_the_same_weights(tiny_run: Path, tmp_path: Path) -> None:
-    """With torch's deterministic kernels, to the bit."""
-    code = "import torch; torch.use_deterministic_algorithms(True, warn_only=True)\n" + KILLED
-    environment = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONWARNINGS": "ignore"}
     for name in ("whole", "killed"):
         shutil.copytree(tiny_run, tmp_path / name)
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in environment.items():
-            patch.setenv(key, value)
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / "whole")], check=True)
-        kill_after_checkpoints(code, RunDir(tmp_path / "killed"), (1, 2))
+    whole = forked.start(learn_to_the_bit, tmp_path / "whole")
+    whole.join()
+    assert whole.exitcode == 0
+    kill_after_checkpoints(RunDir(tmp_path / "killed"), (1, 2), learn_to_the_bit)
     whole, killed = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole", "killed"))
     for name, tensor in whole.items():
         assert torch.equal(tensor, killed[name]), name

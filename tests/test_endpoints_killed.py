@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -13,9 +12,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import forked
 import pytest
 import zstandard
-from asking import PRELOADED, ask, file_of, made, work
+from asking import ask, file_of, made, work
 
 from limbeck.collect.journal import Journal
 from limbeck.recipe import Recipe
@@ -24,12 +24,10 @@ from limbeck.testing import Cut, Faults, RateLimit, Server, ServerError, Setting
 
 def killed_and_continued(server: Server, recipe: Recipe, root: Path, kills: int, seed: int) -> int:
     """Run, kill at a random moment, and again, and let it end; how often it was killed."""
-    processes, moments = multiprocessing.get_context("forkserver"), random.Random(seed)
-    processes.set_forkserver_preload(PRELOADED)
+    moments = random.Random(seed)
     killed = 0
     while True:
-        worker = processes.Process(target=work, args=(recipe.model_dump_json(), str(root)))
-        worker.start()
+        worker = forked.start(work, recipe.model_dump_json(), str(root))
         seen, more = server.service.bill.received, moments.randrange(1, 60)  # so many requests later, and a moment
         while killed < kills and worker.is_alive() and server.service.bill.received < seen + more:
             time.sleep(0.001)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import prompt_file, recipe_dict
 
@@ -117,20 +117,15 @@ def test_a_damaged_output_is_made_again(recipe, finished, tmp_path):
 def test_killed_at_random_moments_the_run_ends_the_same(recipe, finished, tmp_path):
     """kill -9 of the whole process; each time a part of what a whole run takes, so that kills come in every stage."""
     out, chance = tmp_path / "run", random.Random(0)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["limbeck.train.stage", "limbeck.collect.local", "limbeck.report.report"])
-    seconds = 0.0
-    for name in ("warm", "timed"):  # the first one also pays for the imports of the fork server
-        begun = time.monotonic()
-        whole = context.Process(target=work, args=(recipe.model_dump_json(), str(tmp_path / name)))
-        whole.start()
-        whole.join()
-        seconds = time.monotonic() - begun
-        assert whole.exitcode == 0
+    forked.start(os.getpid).join()  # pays for the imports of the fork server
+    begun = time.monotonic()
+    whole = forked.start(work, recipe.model_dump_json(), str(tmp_path / "timed"))
+    whole.join()
+    seconds = time.monotonic() - begun
+    assert whole.exitcode == 0
     killed = 0
     for _ in range(KILLS):
-        process = context.Process(target=work, args=(recipe.model_dump_json(), str(out)))
-        process.start()
+        process = forked.start(work, recipe.model_dump_json(), str(out))
         process.join(chance.uniform(0, 2 / KILLS) * seconds)
         if process.is_alive() and process.pid:
             os.kill(process.pid, signal.SIGKILL)
@@ -149,6 +144,7 @@ def test_the_real_quickstart_shortened(tmp_path):
     """The default teacher from the package registry, with everything made small but the teacher."""
     short = [
         "prompts.0.count=16",
+        "collect.concurrency=48",
         "collect.max_tokens=16",
         "student.layers=2",
         "train.epochs=1",

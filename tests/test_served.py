@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from contextlib import closing
 
+import forked
 import numpy as np
 import pytest
 import served
-from command import ROOT, call
+from command import call
 from conftest import prompt_file, recipe_dict
 from served import LENGTHS, SERVER, SIZE, attempted, recipe_for, run_with
 
@@ -107,17 +105,16 @@ def test_another_server_or_another_model_is_another_signal(toy_teacher, tmp_path
 
 def test_a_killed_stage_sends_nothing_twice_but_what_was_in_flight(toy_teacher, tmp_path):
     lengths = [20 + i % 17 for i in range(40)]
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with Server(SERVER.model_copy(update={"delay": 0.05})) as server:
         recipe = recipe_for(toy_teacher, server.url + "/v1")
         whole, run = (run_with(tmp_path / name, recipe, lengths) for name in ("whole", "killed"))
-        words = [sys.executable, served.__file__, str(toy_teacher), server.url + "/v1", str(run.root)]
         for stop in (7, 19):
-            with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE) as process:
-                while server.bill.requests < stop:
-                    assert process.poll() is None, "it ended before it was killed"
-                    time.sleep(0.005)
-                process.send_signal(signal.SIGKILL)
+            process = forked.start(served.work, toy_teacher, server.url + "/v1", run.root)
+            while server.bill.requests < stop:
+                assert process.is_alive(), "it ended before it was killed"
+                time.sleep(0.005)
+            process.kill()
+            process.join()
             assert not (run / "signals").exists()
         annotate(recipe, run)
         sent = server.bill.requests

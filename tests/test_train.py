@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import tiny
@@ -143,32 +142,24 @@ def test_the_student_learns(tiny_run, tmp_path):
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
 
 
-KILLED = """
-import sys, limbeck
-from limbeck.rundir import RunDir
-from limbeck.train.stage import _narrowed, train
-run = RunDir(sys.argv[1])
-train(run.recipe(), run)
-"""
-
-
-def kill_after_checkpoints(code: str, run: RunDir, counts: tuple[int, ...]) -> None:
-    """Run `code`, kill -9 it when so many checkpoints are complete, for each count; then let it come to its end."""
-    command = [sys.executable, "-c", code, str(run.root)]
-    resumed_from = []
+def kill_after_checkpoints(
+    run: RunDir, counts: tuple[int, ...], learn: Callable[[str | Path], None] = forked.learn
+) -> None:
+    """Train, kill -9 it when so many checkpoints are complete, for each count; then let it come to its end."""
     for wanted in counts:
-        process = subprocess.Popen(command)
+        process = forked.start(learn, run.root)
         deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
+        while process.is_alive() and time.monotonic() < deadline:
             if len(list((run / "checkpoints").glob("checkpoint-*/complete"))) >= wanted:
-                os.kill(process.pid, signal.SIGKILL)
                 break
             time.sleep(0.005)
-        process.wait()
-        found = last_checkpoint(run / "checkpoints")
-        resumed_from.append(found.name if found else None)
-    subprocess.run(command, check=True)
-    assert all(resumed_from)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
+        assert last_checkpoint(run / "checkpoints")
+    process = forked.start(learn, run.root)
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_killed_and_resumed_training_ends_with_the_same_bits(tiny_run, tmp_path):
@@ -176,7 +167,7 @@ def test_killed_and_resumed_training_ends_with_the_same_bits(tiny_run, tmp_path)
     for name in ("whole", "killed"):
         shutil.copytree(tiny_run, tmp_path / name)
     train(RunDir(tmp_path / "whole").recipe(), RunDir(tmp_path / "whole"))
-    kill_after_checkpoints(KILLED, RunDir(tmp_path / "killed"), (1, 2))
+    kill_after_checkpoints(RunDir(tmp_path / "killed"), (1, 2))
     whole, killed = RunDir(tmp_path / "whole"), RunDir(tmp_path / "killed")
     assert curve(whole) == curve(killed)
     for name, tensor in weights(whole).items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import signal
 import sqlite3
@@ -13,10 +12,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import talker
 import torch
-from asking import PRELOADED
 from talker import gathered, prompts, prompts_file, recipe
 
 from limbeck import models
@@ -117,14 +116,12 @@ def _count(path: Path) -> int:
 def test_killed_and_continued_the_prompts_are_the_same(tmp_path: Path, talking: Path):
     made = recipe(talking, source(tmp_path, "evolve", 16), source(tmp_path, "multi-turn", 8, turns=3))
     whole = gathered(made, tmp_path / "whole")
-    processes, moments = multiprocessing.get_context("forkserver"), random.Random(5)
-    processes.set_forkserver_preload(PRELOADED)
+    moments = random.Random(5)
     root, killed = tmp_path / "run", 0
     root.mkdir()
     while True:
         seen = _count(root / "journal.db")
-        worker = processes.Process(target=_write, args=(made.model_dump_json(), str(root)))
-        worker.start()
+        worker = forked.start(_write, made.model_dump_json(), str(root))
         more = moments.randrange(12, 30)
         while worker.is_alive() and _count(root / "journal.db") < seen + more:
             time.sleep(0.002)
