@@ -168,7 +168,7 @@ def _kernels(device: str) -> list[Finding]:
     always = device == "cuda" or os.environ.get(compiling.SWITCH) == "1"
     when = "" if always else f" for trainings on {compiling.LONG:,} tokens or more"
     compiled = f"torch's own kernels: {lacking}" if lacking else f"compiled (torch.compile){when}"
-    found = [Finding("loss, norms, gates" if device == "cuda" else "norms, gates", compiled, remedy)]
+    found = [Finding("loss, layers" if device == "cuda" else "layers", compiled, remedy)]
     if device == "cpu":
         found.append(_unit())
     if device == "cuda":
@@ -184,7 +184,8 @@ def _unit() -> Finding:
     lacking = amx.lacking()
     longer = "" if os.environ.get(amx.SWITCH) == "1" else f" for trainings on {amx.WORTH:,} tokens or more"
     return Finding(
-        "weights' gradients", f"torch's own product: {lacking}" if lacking else f"by the matrix unit (AMX){longer}"
+        "attention, weights' gradients",
+        f"torch's own products: {lacking}" if lacking else f"by the matrix unit (AMX){longer}",
     )
 
 

@@ -253,9 +253,9 @@ def test_the_doctor_says_by_what_weights_gradients_are_computed(monkeypatch: pyt
         pytest.skip("a GPU trains here")
 
     def said() -> str:
-        return {finding.name: finding.value for finding in doctor.examine()}["weights' gradients"]
+        return {finding.name: finding.value for finding in doctor.examine()}["attention, weights' gradients"]
 
     monkeypatch.setattr(amx, "instructions", lambda: set(amx._NEEDED))
     assert said().startswith("by the matrix unit (AMX)") or "compiler" in said()
     monkeypatch.setattr(amx, "instructions", set)
-    assert said() == "torch's own product: no matrix unit (AMX)"
+    assert said() == "torch's own products: no matrix unit (AMX)"

@@ -147,12 +147,12 @@ def test_the_doctor_says_what_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys.modules[Processor.__module__], "processor", lambda: found)
     monkeypatch.setenv("LIMBECK_COMPILE", "0")
     said = {finding.name: finding for finding in doctor.examine()}
-    assert "switched off by LIMBECK_COMPILE=0" in said["loss, norms, gates"].value
-    assert said["loss, norms, gates"].remedy == ""
+    assert "switched off by LIMBECK_COMPILE=0" in said["loss, layers"].value
+    assert said["loss, layers"].remedy == ""
     assert "padded" in said["attention"].value
     monkeypatch.delenv("LIMBECK_COMPILE")
     monkeypatch.setattr(compiling, "find_spec", lambda _name: None)
-    lacking = next(finding for finding in doctor.examine() if finding.name == "loss, norms, gates")
+    lacking = next(finding for finding in doctor.examine() if finding.name == "loss, layers")
     assert "triton" in lacking.value
     assert "triton" in lacking.remedy
 

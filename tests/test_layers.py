@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from limbeck.models import compiling, layer_parts, layers
@@ -200,6 +201,17 @@ def test_a_layer_with_somebody_elses_part_in_it_is_left_alone(kind: str) -> None
     with fused_layers(model, torch.float64):
         assert "forward" not in vars(model.model.layers[0])
         assert "forward" in vars(model.model.layers[1])
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_layers_of_one_class_that_compute_different_things_are_told_apart() -> None:
+    """Those of SmolLM3 that rotate no heads."""
+    config = SmolLM3Config(**{**SIZES, "num_hidden_layers": 4}, no_rope_layers=[1, 0, 1, 1])
+    model = model_of(config)
+    expected = learned(model)
+    with fused_layers(model, torch.float64):
+        assert ["forward" in vars(layer) for layer in model.model.layers] == [True, False, True, True]
+        assert_same(learned(model), expected)
 
 
 @pytest.mark.usefixtures("uncompiled")

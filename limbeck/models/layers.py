@@ -16,7 +16,7 @@ product is computed again in the backward pass instead of being kept. What lies 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, NamedTuple, cast
@@ -57,20 +57,14 @@ def fused_layers(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[
     """While the block runs, decoder layers of Llama's form compute what they are given in `dtype` as this file does,
     where functions are compiled for the model's device; nothing happens for None.
 
-    Found by trying: the result of a layer of each kind for random numbers is compared with the formula's. A layer that
+    Found by trying: a layer's result for random numbers is compared with the formula's. A layer that
     computes anything else, that has hooks or adapters in it, that keeps keys and values,
     or whose activations are computed again (gradient checkpointing) runs as it is.
     """
     replaced: list[nn.Module] = []
-    tried: dict[Hashable, bool] = {}
     try:
         for layer in model.modules() if dtype is not None and usable(model.device) else ():
-            if "forward" in vars(layer) or (form := _form_of(layer)) is None:
-                continue
-            kind = _alike(layer, form)
-            if kind not in tried:
-                tried[kind] = _proved(layer, form)
-            if tried[kind]:
+            if "forward" not in vars(layer) and (form := form_of(layer)) is not None:
                 # Bound to the layer, so that a copy's computes with the copy's weights.
                 layer.forward = MethodType(_forward_of(form, cast("torch.dtype", dtype)), layer)
                 replaced.append(layer)
@@ -80,14 +74,11 @@ def fused_layers(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[
             del layer.forward
 
 
-def _alike(layer: Any, form: _Form) -> Hashable:
-    """What layers have in common that compute the same but for their weights."""
-    kinds = tuple(type(part) for part in (layer, layer.self_attn, *layer.children()))
-    return kinds, form, layer.self_attn.scaling, id(layer.self_attn.config)
+def form_of(layer: nn.Module) -> _Form | None:
+    """The form of a decoder layer; None for every other module.
 
-
-def _form_of(layer: nn.Module) -> _Form | None:
-    """The form that a decoder layer has if it computes the formula; None for every module that cannot."""
+    Each layer is tried: in some models every fourth computes something else than its class does in the others.
+    """
     if {name for name, _ in layer.named_children()} != _PARTS:
         return None
     parts = cast("Any", layer)
@@ -113,7 +104,7 @@ def _form_of(layer: nn.Module) -> _Form | None:
             return None
     heads, key_heads = (p.out_features // width for p in projections[:2])
     form = _Form(*cast("tuple[float, float]", epsilons), activation, heads, key_heads, width, head_epsilon)
-    return form
+    return form if _proved(layer, form) else None
 
 
 def _plain_and_alike(projections: Sequence[Any]) -> bool:

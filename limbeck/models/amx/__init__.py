@@ -1,9 +1,10 @@
-"""Weights' gradients by the matrix unit of Intel's processors (AMX), where there is one.
+"""Weights' gradients and causal attention by the matrix unit of Intel's processors (AMX), where there is one.
 
 oneDNN, by which torch multiplies, computes dy.T @ x at half the rate of its other products and rounds it to bfloat16.
-`weight_gradient.cpp` computes it faster and leaves it in float32. It is compiled once on a machine, by a C++ compiler
-that is there, and kept in the cache; without a compiler, the unit, or OpenMP, and with `LIMBECK_COMPILE=0`, torch's
-product is used. Compiling takes some seconds, so it waits for a training that gains more than that.
+`weight_gradient.cpp` computes it faster and leaves it in float32; `attention.cpp` attends in the caches of a core. Both
+are compiled once on a machine, by a C++ compiler that is there, and kept in the cache; without a compiler, the
+unit, or OpenMP, and with `LIMBECK_COMPILE=0`, torch's products are used. Compiling takes some seconds, so it waits for
+a training that gains more than that.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ _wanted = False
 
 @contextmanager
 def for_training(tokens: int) -> Iterator[None]:
-    """While the block runs, `usable` is true where it can be, if a training on so many tokens is worth it."""
+    """While the block runs, `usable` is true where it can be, if learning from, or reading, so many tokens is worth
+    it.
+    """
     global _wanted
     before, _wanted = _wanted, tokens >= WORTH or os.environ.get(SWITCH) == "1"
     try:
@@ -68,7 +71,7 @@ def lacking() -> str | None:
 
 
 def usable(device: torch.device) -> bool:
-    """Whether weights' gradients on `device` are computed here. Compiles at the first call that could be true."""
+    """Whether the unit is used on `device`. Compiles at the first call that could be true."""
     return _wanted and device.type == "cpu" and _library() is not None
 
 
