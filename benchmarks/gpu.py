@@ -270,6 +270,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases with this in their name")
     parser.add_argument("--rounds", type=int, default=7, help="timed repetitions of a loss")
     parser.add_argument("--steps", type=int, default=12, help="optimiser steps of a case")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence, about (part step)")
     parser.add_argument("--profile", action="store_true", help="part step: where the time of a case goes, by kernel")
     parser.add_argument("--out", type=Path, required=True, help="directory for gpu.md and gpu.json")
     options = parser.parse_args()

@@ -1,8 +1,8 @@
 """Training steps on a GPU, for `gpu.py`: a student of about a billion parameters, a teacher of about three.
 
 The shapes are those of Llama 3.2 1B and 3B, the weights random. Student: float32 weights, products in bfloat16, AdamW.
-Teacher: bfloat16. Eight sequences of about 512 tokens a step, the same in the same order for every case; an eighth of
-each is the prompt. Tokens a second: all tokens of the sequences, padding never counted, over the time from the end of
+Teacher: bfloat16. Eight sequences of about 512 tokens (`--length`) a step, the same in the same order for every case;
+an eighth of each is the prompt. Tokens a second: all tokens of the sequences, padding never counted, over the time from the end of
 the warm-up to the end of the last step. Memory: the most that was allocated at a time, weights and moments included.
 Share of the peak: operations as `flops.py` counts them. Samples of the teacher are made by the annotate stage's own
 function and kept in memory as a store hands them out.
@@ -145,7 +145,7 @@ class Bench:
         self.steps = options.steps
         self.teacher = model_of("teacher", self.device, small=self.small)
         self.vocabulary = self.teacher.config.vocab_size
-        self.examples = examples_of(BATCH * self.steps, self.vocabulary, 24 if self.small else 512)
+        self.examples = examples_of(BATCH * self.steps, self.vocabulary, 24 if self.small else options.length)
         lengths = [len(e.tokens_T) for e in self.examples]
         self.schedule = make_schedule(lengths, batch_size=BATCH, epochs=1, pieces=1, seed=0)
         self.batches = [[self.examples[i] for i in step] for step in self.schedule.steps]

@@ -5,6 +5,7 @@ LIMBECK_TEST_DEVICE=cpu runs the file on the CPU, to try the tests themselves.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import forked
 import pytest
+import test_layers
 import tiny
 import torch
 from conftest import prompt_file, recipe_dict
@@ -29,7 +31,8 @@ from torch import Tensor
 import limbeck
 from limbeck.generate import Sampling, sample_batch
 from limbeck.ledger import verify
-from limbeck.models import compiling, stream
+from limbeck.models import compiling, layers, stream
+from limbeck.models.layers import fused_layers
 from limbeck.rundir import RunDir
 from limbeck.signal import DenseSignal, TopKSignal, from_logits, threshold_sample, topk_signal
 from limbeck.train import compiled
@@ -314,3 +317,33 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(tiny_run: Path, tmp_pa
     whole, killed = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole", "killed"))
     for name, tensor in whole.items():
         assert torch.equal(tensor, killed[name]), name
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3"])
+def test_layers_in_few_kernels_are_the_models_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled, in float64, packed too; and in bfloat16 no farther from it than the model's own operations."""
+    monkeypatch.setattr(layers, "usable", lambda _device: True)
+    model = test_layers.model_of(test_layers.OF_THE_FORM[name])
+    wanted = [test_layers.learned(model, positions_BT) for positions_BT in (None, test_layers.PACKED_BT)]
+    monkeypatch.setattr(test_layers, "TOKENS_BT", test_layers.TOKENS_BT.to(DEVICE))
+    model.to(DEVICE)  # type: ignore[arg-type]
+    with fused_layers(model, torch.float64):
+        assert len(test_layers.replaced(model)) == 2
+        for positions_BT, (hidden_BTD, grads) in zip((None, test_layers.PACKED_BT), wanted, strict=True):
+            there_BT = None if positions_BT is None else positions_BT.to(DEVICE)
+            found_BTD, found = test_layers.learned(model, there_BT)
+            torch.testing.assert_close(found_BTD.cpu(), hidden_BTD, rtol=1e-9, atol=1e-9)
+            for part, grad in grads.items():
+                torch.testing.assert_close(found[part].cpu(), grad, rtol=1e-8, atol=1e-8)
+    errors = []
+    narrow = copy.deepcopy(model).float()
+    for fused in (False, True):
+        with (
+            torch.autocast(DEVICE, torch.bfloat16),
+            fused_layers(narrow, torch.bfloat16 if fused else None),
+            stream.narrow_stream(narrow, torch.bfloat16),
+        ):
+            _, found = test_layers.learned(narrow, dtype=torch.float32)
+        far = [(found[part].cpu() - grad).norm() / grad.norm() for part, grad in wanted[0][1].items()]
+        errors.append(float(torch.stack([x.double() for x in far]).mean()))
+    assert errors[1] <= 1.1 * errors[0]

@@ -106,12 +106,21 @@ def replaced(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if "forward" in vars(module)]
 
 
+def products_of(model: PreTrainedModel) -> list[tuple[nn.Linear, ...]]:
+    """The projections that are multiplied as one."""
+    found: list[tuple[nn.Linear, ...]] = []
+    for layer in model.model.layers:
+        found += [(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)]
+        found += [(layer.mlp.gate_proj, layer.mlp.up_proj)]
+    return found
+
+
 def learned(model: PreTrainedModel, positions_BT: Tensor | None = None, dtype: torch.dtype = torch.float64):
     """The last hidden states, and the gradients along a random direction, by name."""
     model.zero_grad()
     hidden_BTD = hidden_states(model, TOKENS_BT, position_ids_BT=positions_BT)
     direction_BTD = torch.randn(hidden_BTD.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    (hidden_BTD * direction_BTD.to(dtype)).sum().backward()
+    (hidden_BTD * direction_BTD.to(hidden_BTD.device, dtype)).sum().backward()
     return hidden_BTD.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -145,6 +154,9 @@ def test_layers_whose_weights_are_narrow_are_known_too() -> None:
     with fused_layers(narrow, torch.bfloat16):
         assert len(replaced(narrow)) == 2
         found_BTD = hidden_states(narrow, TOKENS_BT)
+        joined = [layer_parts.one_after_the_other([p.weight for p in parts]) for parts in products_of(narrow)]
+        assert all(joined)
+    assert torch.equal(hidden_states(narrow, TOKENS_BT), own_BTD)
     assert found_BTD.dtype == torch.bfloat16
     assert (found_BTD - exact_BTD).norm() <= 1.1 * (own_BTD - exact_BTD).norm() <= 0.1 * exact_BTD.norm()
 

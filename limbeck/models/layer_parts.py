@@ -202,7 +202,7 @@ def joined(parameters: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | 
         return there[0].to(dtype)
     first = there[0]
     rows = sum(len(p) for p in there)
-    if first.dtype == dtype and _one_after_the_other(there):
+    if first.dtype == dtype and one_after_the_other(there):
         return first.as_strided((rows, *first.shape[1:]), first.stride())
     whole = first.new_empty((rows, *first.shape[1:]), dtype=dtype)
     for part, p in zip(whole.split([len(p) for p in there]), there, strict=True):
@@ -210,7 +210,7 @@ def joined(parameters: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | 
     return whole
 
 
-def _one_after_the_other(tensors: Sequence[Tensor]) -> bool:
+def one_after_the_other(tensors: Sequence[Tensor]) -> bool:
     """In one piece of memory, with nothing in between."""
     ends = [t.data_ptr() + t.numel() * t.element_size() for t in tensors]
     adjacent = ends[:-1] == [t.data_ptr() for t in tensors[1:]] and all(t.is_contiguous() for t in tensors)

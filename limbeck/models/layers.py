@@ -28,7 +28,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from limbeck.models.compiling import usable, wide
 from limbeck.models.gated import ACTIVATIONS, gate_of
-from limbeck.models.layer_parts import HeadNorms, added_gated_mlp, added_product, heads_in_order, normed_products
+from limbeck.models.layer_parts import (
+    HeadNorms,
+    added_gated_mlp,
+    added_product,
+    heads_in_order,
+    normed_products,
+    one_after_the_other,
+)
 from limbeck.models.stream import rms_epsilon
 
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -68,10 +75,24 @@ def fused_layers(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[
                 # Bound to the layer, so that a copy's computes with the copy's weights.
                 layer.forward = MethodType(_forward_of(form, cast("torch.dtype", dtype)), layer)
                 replaced.append(layer)
+                _lay_together(layer)
         yield
     finally:
         for layer in replaced:
             del layer.forward
+
+
+@torch.no_grad()
+def _lay_together(layer: Any) -> None:
+    """Puts weights that are multiplied as one and learn nothing one after the other in memory, where they stay: a
+    teacher's need not be joined anew in every pass.
+    """
+    attention, mlp = layer.self_attn, layer.mlp
+    for projections in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+        weights = [p.weight for p in projections]
+        if not any(weight.requires_grad for weight in weights) and not one_after_the_other(weights):
+            for weight, part in zip(weights, torch.cat(weights).split([len(w) for w in weights]), strict=True):
+                weight.data = part
 
 
 def form_of(layer: nn.Module) -> _Form | None:
