@@ -2,10 +2,10 @@
 
 The shapes are those of Llama 3.2 1B and 3B, the weights random. Student: float32 weights, products in bfloat16, AdamW.
 Teacher: bfloat16. Eight sequences of about 512 tokens (`--length`) a step, the same in the same order for every case;
-an eighth of each is the prompt. Tokens a second: all tokens of the sequences, padding never counted, over the time from the end of
-the warm-up to the end of the last step. Memory: the most that was allocated at a time, weights and moments included.
-Share of the peak: operations as `flops.py` counts them. Samples of the teacher are made by the annotate stage's own
-function and kept in memory as a store hands them out.
+an eighth of each is the prompt. Tokens a second: all tokens of the sequences, padding never counted, over the time from
+the end of the warm-up to the end of the last step. Memory: the most that was allocated at a time, weights and moments
+included. Share of the peak: operations as `flops.py` counts them. Samples of the teacher are
+made by the annotate stage's own function and kept in memory as a store hands them out.
 """
 
 from __future__ import annotations

@@ -323,18 +323,18 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(tiny_run: Path, tmp_pa
 def test_layers_in_few_kernels_are_the_models_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled, in float64, packed too; and in bfloat16 no farther from it than the model's own operations."""
     monkeypatch.setattr(layers, "usable", lambda _device: True)
-    model = test_layers.model_of(test_layers.OF_THE_FORM[name])
-    wanted = [test_layers.learned(model, positions_BT) for positions_BT in (None, test_layers.PACKED_BT)]
     monkeypatch.setattr(test_layers, "TOKENS_BT", test_layers.TOKENS_BT.to(DEVICE))
-    model.to(DEVICE)  # type: ignore[arg-type]
+    model = test_layers.model_of(test_layers.OF_THE_FORM[name]).to(DEVICE)  # type: ignore[arg-type]
+    wanted = {
+        positions: test_layers.learned(model, positions) for positions in (None, test_layers.PACKED_BT.to(DEVICE))
+    }
     with fused_layers(model, torch.float64):
         assert len(test_layers.replaced(model)) == 2
-        for positions_BT, (hidden_BTD, grads) in zip((None, test_layers.PACKED_BT), wanted, strict=True):
-            there_BT = None if positions_BT is None else positions_BT.to(DEVICE)
-            found_BTD, found = test_layers.learned(model, there_BT)
-            torch.testing.assert_close(found_BTD.cpu(), hidden_BTD, rtol=1e-9, atol=1e-9)
+        for positions_BT, (hidden_BTD, grads) in wanted.items():
+            found_BTD, found = test_layers.learned(model, positions_BT)
+            torch.testing.assert_close(found_BTD, hidden_BTD, rtol=1e-9, atol=1e-9)
             for part, grad in grads.items():
-                torch.testing.assert_close(found[part].cpu(), grad, rtol=1e-8, atol=1e-8)
+                torch.testing.assert_close(found[part], grad, rtol=1e-8, atol=1e-8)
     errors = []
     narrow = copy.deepcopy(model).float()
     for fused in (False, True):
@@ -344,6 +344,6 @@ def test_layers_in_few_kernels_are_the_models_own(name: str, monkeypatch: pytest
             stream.narrow_stream(narrow, torch.bfloat16),
         ):
             _, found = test_layers.learned(narrow, dtype=torch.float32)
-        far = [(found[part].cpu() - grad).norm() / grad.norm() for part, grad in wanted[0][1].items()]
+        far = [(found[part] - grad).norm() / grad.norm() for part, grad in wanted[None][1].items()]
         errors.append(float(torch.stack([x.double() for x in far]).mean()))
     assert errors[1] <= 1.1 * errors[0]
