@@ -30,9 +30,16 @@ _CONTEXT.set_forkserver_preload(
 
 def start(work: Callable[..., object], *given: object) -> BaseProcess:
     """A process that calls the function `work` of a module; its exit code is not 0 where that raises."""
-    process = _CONTEXT.Process(target=work, args=given)
+    process = _CONTEXT.Process(target=_told, args=(dict(os.environ), work, *given))
     process.start()
     return process
+
+
+def _told(environment: dict[str, str], work: Callable[..., object], *given: object) -> None:
+    """The server has the environment of its own start, whatever a test has changed since."""
+    os.environ.clear()
+    os.environ.update(environment)
+    work(*given)
 
 
 def learn(root: str | Path) -> None:

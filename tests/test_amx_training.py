@@ -8,6 +8,7 @@ import copy
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from test_train import curve, fresh, weights
 from torch import Tensor, nn
 
 import limbeck
+from limbeck.ledger.canonical import manifest
 from limbeck.models import amx, layer_parts, layers
 from limbeck.models.amx import attention as unit_attention
 from limbeck.models.amx.linear import float32_gradients
@@ -27,6 +29,7 @@ from limbeck.models.compiling import SWITCH
 from limbeck.recipe import Recipe
 from limbeck.records import Rollout
 from limbeck.rundir import RunDir
+from limbeck.signal import annotate as annotating
 from limbeck.tables import read_records
 from limbeck.train.stage import train
 from limbeck.train.trainer import DistillationTrainer
@@ -137,11 +140,16 @@ def test_a_steps_gradient_is_no_farther_from_float32s_than_torchs_however_it_is_
 
 @pytest.mark.parametrize("settings", [{}, {"accumulate": 4}], ids=["whole", "in four pieces"])
 def test_nor_with_layers_in_few_kernels(wide_run, tmp_path, rounding, products, monkeypatch, settings):
-    """The kernels as they are written; attention's four products become two, the MLP's three stay three."""
+    """The kernels as they are written. Attention's four products become two, the MLP's three stay three, and the head
+    has one; without, there would be eight.
+    """
     monkeypatch.setattr(layers, "usable", lambda _device: True)
     monkeypatch.setattr(layer_parts, "compiled", lambda function: function)
+    mlps, mlp = [], layer_parts.added_gated_mlp
+    monkeypatch.setattr(layers, "added_gated_mlp", lambda *args: mlps.append(1) or mlp(*args))
     found = first_gradient(wide_run, tmp_path / "run", **settings)
-    assert products
+    assert mlps
+    assert len(products) >= 5 * len(mlps)
     assert float((found - rounding.exact).norm()) <= 1.05 * rounding.torchs
 
 
@@ -157,6 +165,49 @@ def test_a_training_gone_on_with_ends_with_the_same_bits(wide_run, tmp_path, pro
     assert curve(resumed) == curve(whole)
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(resumed)[name]), name
+
+
+def test_a_teacher_annotates_by_the_unit_as_near_and_goes_on_to_the_same_bits(
+    wide_run, tmp_path, attended, monkeypatch
+):
+    """In bfloat16, against torch's attention; and killed after every second batch."""
+    monkeypatch.setattr(annotating, "_SHARD_MIN", 20)
+    monkeypatch.setattr(annotating, "_SHARD_MAX", 20)
+    monkeypatch.setattr(annotating, "_BATCH", 128)
+    told = RunDir(wide_run).recipe().model_dump(mode="json")
+    told["teacher"]["precision"] = "bf16"
+    recipe = Recipe.model_validate(told)
+
+    def fresh_run(name: str) -> RunDir:
+        shutil.copytree(wide_run, tmp_path / name, ignore=shutil.ignore_patterns("signals"))
+        return RunDir(tmp_path / name)
+
+    whole, resumed, plain = (fresh_run(name) for name in ("whole", "resumed", "plain"))
+    facts = annotating.annotate(recipe, whole)
+    assert attended
+    assert int(str(facts["shards"])) > 2
+    annotate_batch, calls = annotating.annotate_batch, []
+
+    def stopping(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) % 3 == 0:
+            raise KeyboardInterrupt
+        return annotate_batch(*args)
+
+    monkeypatch.setattr(annotating, "annotate_batch", stopping)
+    for _ in range(20):
+        with suppress(KeyboardInterrupt):
+            annotating.annotate(recipe, resumed)
+            break
+    assert len(calls) > 3
+    assert manifest(resumed / "signals") == manifest(whole / "signals")
+    monkeypatch.setattr(annotating, "annotate_batch", annotate_batch)
+    monkeypatch.setattr(amx, "WORTH", 1 << 40)
+    attended.clear()
+    torchs = annotating.annotate(recipe, plain)
+    assert not attended
+    for name in ("positions", "entropy"):
+        assert facts[name] == pytest.approx(torchs[name], rel=0.02), name
 
 
 def test_an_adapter_as_wide_as_the_unit_needs_learns_on_policy(wide_run, tmp_path, products):

@@ -17,8 +17,14 @@ file. Code that a model brings along is never run.
     speech       what a chat template can say beyond text: tools, their calls, their results
     processor    what this machine computes with, in which precision, and with which memory
     attention    attention by plain matrix products, for the CPU
+    amx          weights' gradients and attention by the matrix unit of Intel's processors
     compiling    functions of tensors as kernels of their own
     gated        the middle of a gated MLP as one of them
+    stream       what flows between the layers in bfloat16, over weights in float32
+    layers       decoder layers of Llama's form in few kernels and products
+    layer_parts  the steps of such a layer, forward and backward
+    products     weights in the type that products run in, and their gradients
+    inference    all of these for a model that only reads
 """
 
 from limbeck.models.load import load_config, load_model, load_tokenizer, release

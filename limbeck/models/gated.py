@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -32,12 +33,25 @@ def fused_gates(model: PreTrainedModel) -> Iterator[None]:
         for module in model.modules() if usable(model.device) else ():
             # One that has a forward of its own already has somebody's hook before it, or is of a block around this one.
             if "forward" not in vars(module) and (activation := gate_of(module)) is not None:
-                module.forward = _forward(module, activation)
+                # Bound to the module, so that a copy's computes with the copy's weights.
+                module.forward = MethodType(_forward_of(activation), module)
                 replaced.append(module)
         yield
     finally:
         for module in replaced:
             del module.forward
+
+
+@contextmanager
+def learning(module: nn.Module) -> Iterator[None]:
+    """While the block runs, the module and all in it are in training mode."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        module.train()
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 @torch.no_grad()
@@ -56,7 +70,8 @@ def gate_of(module: nn.Module) -> str | None:
     generator = torch.Generator().manual_seed(0)
     x_BTD = torch.randn(1, 4, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
     g_N = torch.linspace(-8, 8, 65, device=weight.device)
-    with torch.autocast(weight.device.type, enabled=False):
+    # As it learns: one that drops out some of what it computes then is another module.
+    with torch.autocast(weight.device.type, enabled=False), learning(module):
         name = next((n for n, act in ACTIVATIONS.items() if torch.allclose(act_fn(g_N), act(g_N)[0], atol=1e-6)), None)
         if name is None:
             return None
@@ -65,10 +80,9 @@ def gate_of(module: nn.Module) -> str | None:
         return name if torch.allclose(module(x_BTD), expected, rtol=1e-2, atol=least) else None
 
 
-def _forward(module: nn.Module, activation: str) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        gate, up = module.gate_proj(x), module.up_proj(x)  # pyright: ignore[reportCallIssue]
-        return module.down_proj(_Gate.apply(gate, up, activation))  # pyright: ignore[reportCallIssue]
+def _forward_of(activation: str) -> Callable[..., Tensor]:
+    def forward(module: Any, x: Tensor) -> Tensor:
+        return module.down_proj(_Gate.apply(module.gate_proj(x), module.up_proj(x), activation))
 
     return forward
 

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from limbeck.models.compiling import any_rows, any_size, compiled, wide
 from limbeck.models.gated import ACTIVATIONS
-from limbeck.models.products import weights_gradient
+from limbeck.models.products import joined, weights_gradient
 from limbeck.models.stream import scaled, slopes
 
 # Weights are asked for anew in every pass: where they are divided among processes, they are others then.
@@ -77,7 +77,7 @@ class _NormedProducts(torch.autograd.Function):
         weights, biases = parameters[:count], parameters[count:]
         x_ND = x_BTD.detach().reshape(-1, x_BTD.shape[-1])
         n_ND, rstd_N1 = compiled(scaled)(any_rows(x_ND), scale_D.detach(), epsilon, x_ND.dtype)
-        weight_OD, bias_O = joined(weights, x_ND.dtype), joined(biases, x_ND.dtype)
+        weight_OD, bias_O = _joined(weights, x_ND.dtype), _joined(biases, x_ND.dtype)
         assert weight_OD is not None
         y_NO = _product(n_ND, weight_OD, bias_O)
         ctx.save_for_backward(x_ND, scale_D, rstd_N1, n_ND, weight_OD)
@@ -113,13 +113,13 @@ class _Heads(torch.autograd.Function):
         key_d: Tensor | None,
         epsilon: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x_BTHd = x_BTE.detach().unflatten(-1, (heads + 2 * key_heads, cos_BTd.shape[-1]))
-        read = tuple(any_size(t, 0, 1) for t in (x_BTHd, cos_BTd, sin_BTd))
+        x_BTE = x_BTE.detach()
+        read = tuple(any_size(t, 0, 1) for t in (x_BTE, cos_BTd, sin_BTd))
         ctx.counts, ctx.epsilon = (heads, key_heads), epsilon
         if query_d is None or key_d is None:
             ctx.save_for_backward(cos_BTd, sin_BTd)
             return compiled(_in_order)(*read, *ctx.counts)
-        ctx.save_for_backward(cos_BTd, sin_BTd, x_BTHd, query_d, key_d)
+        ctx.save_for_backward(cos_BTd, sin_BTd, x_BTE, query_d, key_d)
         return compiled(_normed_in_order)(*read, query_d.detach(), key_d.detach(), epsilon, *ctx.counts)
 
     @staticmethod
@@ -130,9 +130,9 @@ class _Heads(torch.autograd.Function):
         if not normed:
             grad_BTHd, scales = compiled(_in_order_back)(*read), (None, None)
         else:
-            x_BTHd, *scales = normed
+            x_BTE, *scales = normed
             scales = [scale.detach() for scale in scales]
-            grad_BTHd, *scales = compiled(_normed_in_order_back)(*read, any_size(x_BTHd, 0, 1), *scales, ctx.epsilon)
+            grad_BTHd, *scales = compiled(_normed_in_order_back)(*read, any_size(x_BTE, 0, 1), *scales, ctx.epsilon)
             scales = [g if want else None for g, want in zip(scales, ctx.needs_input_grad[5:7], strict=True)]
         return grad_BTHd.flatten(-2), None, None, None, None, *scales, None
 
@@ -140,7 +140,7 @@ class _Heads(torch.autograd.Function):
 class _AddedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTD: Tensor, inside_BTI: Tensor, weight_DI: Tensor, bias_D: Tensor | None) -> Tensor:
-        inside_NI, narrow_DI = inside_BTI.detach().flatten(0, -2), weight_DI.detach().to(x_BTD.dtype)
+        inside_NI, narrow_DI = inside_BTI.detach().flatten(0, -2), joined([weight_DI], x_BTD.dtype)
         ctx.save_for_backward(inside_NI, narrow_DI)
         ctx.types = [None if p is None else p.dtype for p in (weight_DI, bias_D)]
         return _sum_with_product(x_BTD, inside_NI, narrow_DI, bias_D)
@@ -164,9 +164,9 @@ class _AddedGatedMLP(torch.autograd.Function):
         assert down_DI is not None
         x_ND = x_BTD.detach().reshape(-1, x_BTD.shape[-1])
         m_ND, rstd_N1 = compiled(scaled)(any_rows(x_ND), scale_D.detach(), epsilon, x_ND.dtype)
-        both_ED, narrow_DI = joined((gate_ID, up_ID), x_ND.dtype), down_DI.detach().to(x_ND.dtype)
+        both_ED, narrow_DI = _joined((gate_ID, up_ID), x_ND.dtype), joined([down_DI], x_ND.dtype)
         assert both_ED is not None
-        gate_up_NE = _product(m_ND, both_ED, joined(biases[:2], x_ND.dtype))
+        gate_up_NE = _product(m_ND, both_ED, _joined(biases[:2], x_ND.dtype))
         activated_NI = compiled(_activated)(any_rows(gate_up_NE), activation)
         ctx.save_for_backward(x_ND, scale_D, rstd_N1, m_ND, gate_up_NE, both_ED, narrow_DI)
         ctx.activation, ctx.types = activation, [None if p is None else p.dtype for p in parameters]
@@ -192,29 +192,11 @@ class _AddedGatedMLP(torch.autograd.Function):
         return grad_x_ND.view(grad.shape), grad_scale_D if ctx.needs_input_grad[1] else None, None, None, *found
 
 
-def joined(parameters: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
-    """The parameters one under the other in `dtype`; a view where they lie so in memory. None where there are none."""
-    there = [p.detach() for p in parameters if p is not None]
-    if not there:
-        return None
-    assert len(there) == len(parameters)
-    if len(there) == 1:
-        return there[0].to(dtype)
-    first = there[0]
-    rows = sum(len(p) for p in there)
-    if first.dtype == dtype and one_after_the_other(there):
-        return first.as_strided((rows, *first.shape[1:]), first.stride())
-    whole = first.new_empty((rows, *first.shape[1:]), dtype=dtype)
-    for part, p in zip(whole.split([len(p) for p in there]), there, strict=True):
-        part.copy_(p)
-    return whole
-
-
-def one_after_the_other(tensors: Sequence[Tensor]) -> bool:
-    """In one piece of memory, with nothing in between."""
-    ends = [t.data_ptr() + t.numel() * t.element_size() for t in tensors]
-    adjacent = ends[:-1] == [t.data_ptr() for t in tensors[1:]] and all(t.is_contiguous() for t in tensors)
-    return adjacent and len({t.untyped_storage().data_ptr() for t in tensors}) == 1
+def _joined(parameters: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
+    """As `joined`; None where there are none."""
+    there = [p for p in parameters if p is not None]
+    assert len(there) in (0, len(parameters))
+    return joined(there, dtype) if there else None
 
 
 def _product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -251,9 +233,9 @@ def _scaled_back(
 
 
 def _in_order(
-    x_BTHd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor, heads: int, key_heads: int
+    x_BTE: Tensor, cos_BTd: Tensor, sin_BTd: Tensor, heads: int, key_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (t.transpose(1, 2) for t in x_BTHd.split([heads, key_heads, key_heads], dim=2))
+    q, k, v = _heads_of(x_BTE, heads, key_heads)
     q, k = (_rotated(t, cos_BTd, sin_BTd).to(t.dtype) for t in (q, k))
     return q.contiguous(), k.contiguous(), v.contiguous()
 
@@ -264,7 +246,7 @@ def _in_order_back(q: Tensor, k: Tensor, v: Tensor, cos_BTd: Tensor, sin_BTd: Te
 
 
 def _normed_in_order(
-    x_BTHd: Tensor,
+    x_BTE: Tensor,
     cos_BTd: Tensor,
     sin_BTd: Tensor,
     query_d: Tensor,
@@ -274,7 +256,7 @@ def _normed_in_order(
     key_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `_in_order` computes, of queries and keys over the root of their mean square, times a weight."""
-    q, k, v = (t.transpose(1, 2) for t in x_BTHd.split([heads, key_heads, key_heads], dim=2))
+    q, k, v = _heads_of(x_BTE, heads, key_heads)
     q, k = (wide(t) * _rstd(t, epsilon) * wide(scale_d) for t, scale_d in ((q, query_d), (k, key_d)))
     q, k = (_rotated(t, cos_BTd, sin_BTd).to(v.dtype) for t in (q, k))
     return q.contiguous(), k.contiguous(), v.contiguous()
@@ -286,20 +268,26 @@ def _normed_in_order_back(
     v: Tensor,
     cos_BTd: Tensor,
     sin_BTd: Tensor,
-    x_BTHd: Tensor,
+    x_BTE: Tensor,
     query_d: Tensor,
     key_d: Tensor,
     epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of all heads, [B, T, H, d], and of the two weights."""
     heads, scales, parts = q.shape[1], [], [v]
-    for grad, at, scale_d in ((k, slice(heads, heads + k.shape[1]), key_d), (q, slice(heads), query_d)):
-        x = x_BTHd[:, :, at].transpose(1, 2)
+    x_q, x_k, _ = _heads_of(x_BTE, heads, k.shape[1])
+    for grad, x, scale_d in ((k, x_k, key_d), (q, x_q, query_d)):
         rows = _rotated_back(grad, cos_BTd, sin_BTd).flatten(0, 2), x.flatten(0, 2), _rstd(x, epsilon).flatten(0, 2)
         grad_Rd, grad_scale_d = slopes(*rows, scale_d)
         parts.insert(0, grad_Rd.view(grad.shape).to(v.dtype))
         scales.insert(0, grad_scale_d.to(scale_d.dtype))
     return torch.cat(parts, dim=1).transpose(1, 2).contiguous(), scales[0], scales[1]
+
+
+def _heads_of(x_BTE: Tensor, heads: int, key_heads: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values, [B, heads, T, d]."""
+    x_BTHd = x_BTE.unflatten(-1, (heads + 2 * key_heads, -1))
+    return tuple(t.transpose(1, 2) for t in x_BTHd.split([heads, key_heads, key_heads], dim=2))
 
 
 def _rstd(x: Tensor, epsilon: float) -> Tensor:

@@ -15,7 +15,6 @@ product is computed again in the backward pass instead of being kept. What lies 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
@@ -26,16 +25,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from limbeck.models.compiling import usable, wide
-from limbeck.models.gated import ACTIVATIONS, gate_of
+from limbeck.models.compiling import usable
+from limbeck.models.gated import ACTIVATIONS, gate_of, learning
 from limbeck.models.layer_parts import (
     HeadNorms,
     added_gated_mlp,
     added_product,
     heads_in_order,
     normed_products,
-    one_after_the_other,
 )
+from limbeck.models.products import one_after_the_other
 from limbeck.models.stream import rms_epsilon
 
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -69,13 +68,15 @@ def fused_layers(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[
     or whose activations are computed again (gradient checkpointing) runs as it is.
     """
     replaced: list[nn.Module] = []
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())
     try:
         for layer in model.modules() if dtype is not None and usable(model.device) else ():
             if "forward" not in vars(layer) and (form := form_of(layer)) is not None:
                 # Bound to the layer, so that a copy's computes with the copy's weights.
                 layer.forward = MethodType(_forward_of(form, cast("torch.dtype", dtype)), layer)
                 replaced.append(layer)
-                _lay_together(layer)
+                if frozen:
+                    _lay_together(layer)
         yield
     finally:
         for layer in replaced:
@@ -84,13 +85,13 @@ def fused_layers(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[
 
 @torch.no_grad()
 def _lay_together(layer: Any) -> None:
-    """Puts weights that are multiplied as one and learn nothing one after the other in memory, where they stay: a
-    teacher's need not be joined anew in every pass.
+    """Puts weights that are multiplied as one one after the other in memory, where they stay: those of a model that
+    learns nothing need not be joined anew in every pass.
     """
     attention, mlp = layer.self_attn, layer.mlp
     for projections in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
         weights = [p.weight for p in projections]
-        if not any(weight.requires_grad for weight in weights) and not one_after_the_other(weights):
+        if len({w.dtype for w in weights}) == 1 and not one_after_the_other(weights):
             for weight, part in zip(weights, torch.cat(weights).split([len(w) for w in weights]), strict=True):
                 weight.data = part
 
@@ -142,55 +143,68 @@ def _hooked(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _proved(layer: nn.Module, form: _Form) -> bool:
-    """Whether a layer computes the formula: for a few random numbers, each token attending to all. A narrow layer is
-    tried as a wide copy, since its own rounding could hide what tells it from the formula.
+    """Whether a layer computes the formula: for a few random numbers and weights, each token attending to all, in
+    training mode but for attention's dropout, which is passed on.
+
+    Random weights in float32, since its own, or their rounding, could hide what tells it from the formula.
     """
-    if layer.self_attn.q_proj.weight.dtype in (torch.bfloat16, torch.float16):  # pyright: ignore
-        layer = copy.deepcopy(layer).float()
     attention = cast("Any", layer.self_attn)
-    weight, width = attention.q_proj.weight, form.head_width
-    generator = torch.Generator().manual_seed(0)
-    x_BTD = torch.randn(2, 5, weight.shape[1], generator=generator)
-    angles = torch.randn(2, 5, width // 2, generator=generator).repeat(1, 1, 2)
-    x_BTD, cos, sin = (t.to(weight.device, weight.dtype) for t in (x_BTD, angles.cos(), angles.sin()))
-    training, config = layer.training, attention.config
-    before, config._attn_implementation = config._attn_implementation, "eager"
+    device, generator = attention.q_proj.weight.device, torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    config, dropout = attention.config, attention.attention_dropout
+    before, config._attn_implementation, attention.attention_dropout = config._attn_implementation, "eager", 0.0
     try:
-        with torch.autocast(weight.device.type, enabled=False):
-            found = layer.eval()(x_BTD, attention_mask=None, position_embeddings=(cos, sin))
-            expected = _plain(layer, form, x_BTD, cos, sin)
-    except (TypeError, RuntimeError, ValueError):  # it is called otherwise, or has other shapes
-        return False
+        weights = {name: _of_use(drawn(*p.shape)) for name, p in layer.named_parameters()}
+        x_BTD, angles = drawn(2, 5, attention.q_proj.in_features), drawn(2, 5, form.head_width // 2).repeat(1, 1, 2)
+        around = angles.cos(), angles.sin()
+        with torch.autocast(device.type, enabled=False), learning(layer):
+            found = torch.func.functional_call(
+                layer, weights, (x_BTD,), {"attention_mask": None, "position_embeddings": around}
+            )
+            expected = _plain(weights, form, attention.scaling, x_BTD, *around)
+    except (TypeError, RuntimeError, ValueError, AttributeError, KeyError):
+        return False  # it is called otherwise, or has other shapes
     finally:
-        config._attn_implementation = before
-        layer.train(training)
+        config._attn_implementation, attention.attention_dropout = before, dropout
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         return False
-    least = 1e-3 * float((expected - x_BTD).abs().max())  # of what the layer adds
-    return torch.allclose(found - x_BTD, expected - x_BTD, rtol=1e-2, atol=least)
+    return torch.allclose(found - x_BTD, expected - x_BTD, rtol=1e-3, atol=1e-4)
 
 
-def _plain(layer: Any, form: _Form, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _of_use(weight: Tensor) -> Tensor:
+    """Matrices that leave numbers as large as they are, scales about 1."""
+    return weight / weight.shape[1] ** 0.5 if weight.dim() == 2 else 1 + weight / 4
+
+
+def _plain(weights: dict[str, Tensor], form: _Form, scaling: float, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The formula, an operation at a time."""
-    attention, mlp, width = layer.self_attn, layer.mlp, form.head_width
+    width = form.head_width
+
+    def projected(x: Tensor, name: str) -> Tensor:
+        return nn.functional.linear(x, weights[f"{name}_proj.weight"], weights.get(f"{name}_proj.bias"))
+
+    def normed(x: Tensor, name: str, epsilon: float) -> Tensor:
+        return nn.functional.rms_norm(x, x.shape[-1:], weights[f"{name}.weight"], epsilon)
 
     def rotated(x_BTE: Tensor, name: str) -> Tensor:
         x = x_BTE.unflatten(-1, (-1, width))
         if form.head_epsilon is not None:
-            x = nn.functional.rms_norm(x, (width,), getattr(attention, name).weight, form.head_epsilon)
+            x = normed(x, f"self_attn.{name}_norm", form.head_epsilon)
         turned = torch.cat([-x[..., width // 2 :], x[..., : width // 2]], dim=-1)
         return x * cos[:, :, None] + turned * sin[:, :, None]
 
-    n = nn.functional.rms_norm(x_BTD, x_BTD.shape[-1:], layer.input_layernorm.weight, form.first_epsilon)
+    n = normed(x_BTD, "input_layernorm", form.first_epsilon)
     group = form.heads // form.key_heads
-    q = rotated(attention.q_proj(n), "q_norm").transpose(1, 2)
-    k = rotated(attention.k_proj(n), "k_norm").transpose(1, 2).repeat_interleave(group, dim=1)
-    v = attention.v_proj(n).unflatten(-1, (-1, width)).transpose(1, 2).repeat_interleave(group, dim=1)
-    p = torch.softmax(q.float() @ k.float().transpose(2, 3) * attention.scaling, dim=-1)
-    h = x_BTD + attention.o_proj((p.to(v.dtype) @ v).transpose(1, 2).flatten(2))
-    m = nn.functional.rms_norm(h, h.shape[-1:], layer.post_attention_layernorm.weight, form.second_epsilon)
-    act = ACTIVATIONS[form.activation](wide(mlp.gate_proj(m)))[0].to(m.dtype)
-    return h + mlp.down_proj(act * mlp.up_proj(m))
+    q = rotated(projected(n, "self_attn.q"), "q").transpose(1, 2)
+    k = rotated(projected(n, "self_attn.k"), "k").transpose(1, 2).repeat_interleave(group, dim=1)
+    v = projected(n, "self_attn.v").unflatten(-1, (-1, width)).transpose(1, 2).repeat_interleave(group, dim=1)
+    p = torch.softmax(q @ k.transpose(2, 3) * scaling, dim=-1)
+    h = x_BTD + projected((p @ v).transpose(1, 2).flatten(2), "self_attn.o")
+    m = normed(h, "post_attention_layernorm", form.second_epsilon)
+    return h + projected(ACTIVATIONS[form.activation](projected(m, "mlp.gate"))[0] * projected(m, "mlp.up"), "mlp.down")
 
 
 def _forward_of(form: _Form, dtype: torch.dtype) -> Callable[..., Any]:
@@ -232,8 +246,10 @@ def _forward_of(form: _Form, dtype: torch.dtype) -> Callable[..., Any]:
         if form.head_epsilon is not None:
             norms = HeadNorms(attention.q_norm.weight, attention.k_norm.weight, form.head_epsilon)
         query, key, value = heads_in_order(qkv_BTE, cos_BTd, sin_BTd, form.heads, form.key_heads, norms)
-        if hasattr(attention, "sliding_window"):
-            kwargs["sliding_window"] = attention.sliding_window
+        # Masks have the window in them, but flash-attn has none and is told.
+        window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+        if window is not None:
+            kwargs["sliding_window"] = window
         mixed_BTHd, _ = ALL_ATTENTION_FUNCTIONS[kind](
             attention,
             query,

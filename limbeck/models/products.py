@@ -1,13 +1,55 @@
-"""Gradients of weights from products of bfloat16, in the type of the weights, wherever a device can add them up so."""
+"""Weights in the type that products run in, and their gradients in the type of the weights."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from limbeck.models import amx
+
+_Key = tuple[tuple[int, int], ...]
+_joined: dict[tuple[_Key, torch.dtype], Tensor] | None = None
+
+
+@contextmanager
+def joined_once() -> Iterator[None]:
+    """While the block runs, weights that are joined again have the same copy, as under autocast: several passes of one
+    step then share it. Not where several processes learn, which may put other numbers into the same memory meanwhile.
+    """
+    global _joined
+    before, _joined = _joined, None if torch.distributed.is_initialized() else {}
+    try:
+        yield
+    finally:
+        _joined = before
+
+
+def joined(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The parameters one under the other in `dtype`; a view where they lie so in memory already."""
+    there = [p.detach() for p in parameters]
+    first, rows = there[0], sum(len(p) for p in there)
+    if first.dtype == dtype and one_after_the_other(there):
+        return first.as_strided((rows, *first.shape[1:]), first.stride())
+    key = tuple((p.data_ptr(), p._version) for p in parameters), dtype
+    if _joined is not None and key in _joined:
+        return _joined[key]
+    whole = first.new_empty((rows, *first.shape[1:]), dtype=dtype)
+    for part, p in zip(whole.split([len(p) for p in there]), there, strict=True):
+        part.copy_(p)
+    if _joined is not None:
+        _joined[key] = whole
+    return whole
+
+
+def one_after_the_other(tensors: Sequence[Tensor]) -> bool:
+    """Whether they are in one piece of memory, with nothing in between."""
+    ends = [t.data_ptr() + t.numel() * t.element_size() for t in tensors]
+    adjacent = ends[:-1] == [t.data_ptr() for t in tensors[1:]] and all(t.is_contiguous() for t in tensors)
+    return adjacent and len({t.untyped_storage().data_ptr() for t in tensors}) == 1
 
 
 def weights_gradient(dy_NO: Tensor, x_NI: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def narrow_stream(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator
     handles = [embeddings.register_forward_hook(rounded)]
     replaced: list[nn.Module] = []
     if type(embeddings) is nn.Embedding and model.device.type == "cpu" and not torch.distributed.is_initialized():
-        embeddings.forward = _by_rows(embeddings)  # pyright: ignore[reportAttributeAccessIssue]
+        embeddings.forward = MethodType(_rows_of, embeddings)
         replaced.append(embeddings)
     for module in model.modules():
         if not _is_norm(module):
@@ -53,7 +54,8 @@ def narrow_stream(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator
         if epsilon is None:
             handles.append(module.register_forward_hook(rounded))
         else:
-            module.forward = _forward(module, epsilon, dtype)
+            # Bound to the module, so that a copy's computes with the copy's weights.
+            module.forward = MethodType(_forward_of(epsilon, dtype), module)
             replaced.append(module)
     try:
         yield
@@ -64,16 +66,11 @@ def narrow_stream(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator
             del module.forward
 
 
-def _by_rows(embeddings: nn.Embedding):
+def _rows_of(embeddings: nn.Embedding, tokens_BT: Tensor) -> Tensor:
     plain = embeddings.max_norm is None and not embeddings.sparse and not embeddings.scale_grad_by_freq
-    as_it_was = embeddings.forward
-
-    def forward(tokens_BT: Tensor) -> Tensor:
-        if plain and embeddings.weight.requires_grad and torch.is_grad_enabled():
-            return _Rows.apply(torch.empty(0, requires_grad=True), embeddings, tokens_BT)  # pyright: ignore
-        return as_it_was(tokens_BT)
-
-    return forward
+    if plain and embeddings.weight.requires_grad and torch.is_grad_enabled():
+        return _Rows.apply(torch.empty(0, requires_grad=True), embeddings, tokens_BT)  # pyright: ignore
+    return nn.Embedding.forward(embeddings, tokens_BT)
 
 
 class _Rows(torch.autograd.Function):
@@ -105,9 +102,9 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Norm") and isinstance(getattr(module, "weight", None), nn.Parameter)
 
 
-def _forward(module: nn.Module, epsilon: float, dtype: torch.dtype):
+def _forward_of(epsilon: float, dtype: torch.dtype):
     # The weight is asked for anew in every pass: where weights are divided among processes, it is another tensor then.
-    def forward(hidden_states: Tensor) -> Tensor:
+    def forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
         return _RootMeanSquare.apply(hidden_states, module.weight, epsilon, dtype)  # pyright: ignore
 
     return forward

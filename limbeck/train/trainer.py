@@ -31,6 +31,7 @@ from limbeck.models.attention import fast_attention
 from limbeck.models.compiling import on_cpu
 from limbeck.models.gated import fused_gates
 from limbeck.models.layers import fused_layers
+from limbeck.models.products import joined_once
 from limbeck.models.stream import narrow_stream
 from limbeck.render.batches import Batch
 from limbeck.signal.head import head_of, hidden_states
@@ -144,7 +145,7 @@ class DistillationTrainer(Trainer):
             # One call of the wrapper for all passes: it synchronises gradients once a call.
             return self._nats(inner(bare), passes, weight)
 
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), joined_once():
             return through_wrapper(model, bare, nats)
 
     def _nats(self, model: PreTrainedModel, passes: Sequence[Batch], weight: float) -> torch.Tensor:

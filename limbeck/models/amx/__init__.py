@@ -110,7 +110,7 @@ def library() -> ctypes.CDLL:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled product, tried once; None where it cannot be had, with one warning if that is unexpected."""
+    """The compiled kernels, tried once; None where it cannot be had, with one warning if that is unexpected."""
     if lacking() is not None:
         return None
     try:

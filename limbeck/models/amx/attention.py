@@ -52,7 +52,7 @@ class _Causal(torch.autograd.Function):
         batch, heads, length, width = query.shape
         shape = _Shape(batch, heads, key.shape[1], length, width, scale)
         mixed_BTHd = query.new_empty(batch, length, heads, width)
-        log_sums_BHT = torch.empty(batch, heads, length)
+        log_sums_BHT = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device)
         parts = [_heads(t) for t in (query, key, value, mixed_BTHd.transpose(1, 2))]
         _call("limbeck_attend", shape, *parts, log_sums_BHT)
         ctx.save_for_backward(query, key, value, log_sums_BHT)
@@ -64,7 +64,7 @@ class _Causal(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         query, key, value, log_sums_BHT = ctx.saved_tensors
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        grads = [torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value)]
+        grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)]
         parts = [_heads(t) for t in (query, key, value)]
         back = [_heads(t) for t in (grad.transpose(1, 2), *grads)]
         _call("limbeck_attend_back", ctx.shape, *parts, log_sums_BHT, *back)

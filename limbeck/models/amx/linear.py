@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from limbeck.models import amx
+from limbeck.models.products import joined
 
 
 @contextmanager
@@ -54,7 +55,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.types = x.dtype, None if bias_O is None else bias_O.dtype
-        x, narrow_OI = x.detach().to(torch.bfloat16), weight_OI.detach().to(torch.bfloat16)
+        x, narrow_OI = x.detach().to(torch.bfloat16), joined([weight_OI], torch.bfloat16)
         ctx.save_for_backward(x, narrow_OI)
         with torch.autocast("cpu", enabled=False):
             bias_O = None if bias_O is None else bias_O.detach().to(torch.bfloat16)

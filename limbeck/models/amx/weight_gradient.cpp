@@ -5,10 +5,10 @@
 // What oneDNN does for it runs at half the rate of its other products and ends in bfloat16. Here dy and x are brought
 // into the order that the unit reads, and sums stay in float32 to the end.
 //
-// Columns of dy become rows of tiles, and rows of x stand in pairs (tiles.h). x is brought into order as a whole, by all threads; each thread has rows of `out`
-// of its own, for which it brings columns of dy into order, as many at a time as its own cache holds with their sums.
-// Of N, 512 are taken at a time: 32 columns of x then stay in the first cache while those of dy pass by, which is what
-// lets the unit work without a break.
+// Columns of dy become rows of tiles, and rows of x stand in pairs (tiles.h). x is brought into order as a whole, by all
+// threads; each thread has rows of `out` of its own, for which it brings columns of dy into order, as many at a time as
+// its own cache holds with their sums. Of N, 512 are taken at a time: 32 columns of x then stay in the first cache while
+// those of dy pass by, which is what lets the unit work without a break.
 
 #include <omp.h>
 #include <sys/syscall.h>
