@@ -206,7 +206,7 @@ def test_a_teacher_annotates_by_the_unit_as_near_and_goes_on_to_the_same_bits(
     attended.clear()
     torchs = annotating.annotate(recipe, plain)
     assert not attended
-    for name in ("positions", "entropy"):
+    for name in ("positions", "entropy_nats"):
         assert facts[name] == pytest.approx(torchs[name], rel=0.02), name
 
 
