@@ -117,6 +117,8 @@ def _library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(_compiled()))
     except (LimbeckError, OSError, RuntimeError, subprocess.SubprocessError) as error:  # runtime: no home directory
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+        if isinstance(error, subprocess.TimeoutExpired):
+            said = f"the compiler timed out after {error.timeout} seconds"
         _log.warning("the matrix unit is done without (%s=0 does not try): %s", SWITCH, " ".join(said.split())[:300])
         return None
     number, matrix = ctypes.c_int64, (ctypes.c_void_p, ctypes.c_int64)
