@@ -63,9 +63,9 @@ def fused_layers(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[
     """While the block runs, decoder layers of Llama's form compute what they are given in `dtype` as this file does,
     where functions are compiled for the model's device; nothing happens for None.
 
-    Found by trying: a layer's result for random numbers is compared with the formula's. A layer that
-    computes anything else, that has hooks or adapters in it, that keeps keys and values,
-    or whose activations are computed again (gradient checkpointing) runs as it is.
+    Found by trying: a layer's result for random numbers is compared with the formula's. A layer that computes anything
+    else, that has hooks or adapters in it when the block begins, that keeps keys and values, or whose activations are
+    computed again (gradient checkpointing) runs as it is. A model that learns nothing keeps its weights laid together.
     """
     replaced: list[nn.Module] = []
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
